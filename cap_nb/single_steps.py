@@ -256,8 +256,8 @@ def prune_on_disk(job: Job, pruning: SinglePruning, out: Path) -> PruneReport: #
     "Prune a folder's checkpoint without loading it."
     check_streaming(job, pruning)
     if pruning.scores is not None: read_scores(pruning.scores, "mean") # what is wrong is told before all is hashed
-    base = CRITERIA.get(check_method(pruning.method).base)
-    if pruning.norms is not None and base and "norm" in base.needs: load_norms(pruning.norms)
+    criterion = CRITERIA.get(check_method(pruning.method).base)
+    if pruning.norms is not None and criterion and "norm" in criterion.needs: load_norms(pruning.norms)
     if pruning.hessians is not None: file_note(layer_file(pruning.hessians, 0))
     source, fingerprint = job.model.name, checkpoint_fingerprint(job.model.name)
     factors, base = factors_from(pruning, fingerprint, job.prune), base_record(source, fingerprint)
