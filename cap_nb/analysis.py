@@ -187,7 +187,7 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
 @dataclass(frozen=True)
 class Comparison:
     "A difference on the same problems, with all that decides whether it may be claimed."
-    value: float # First minus second, or the number that is set against a line
+    value: float # First minus second, or a number that is compared with a fixed value
     low: float # Lower end of its 95 % interval; NaN where an exact test stands alone
     high: float # Upper end
     unit: str # "points" or "nats"; a study may have another
@@ -200,7 +200,7 @@ class Comparison:
 
     def within(self, least: float, most: float) -> bool:
         "The one rule of decision: whether it may be claimed that the number lies between `least` and `most`."
-        tested = self.p is not None and 0 in (least, most) # the test asks about zero, of another line it says nothing
+        tested = self.p is not None and 0 in (least, most) # the test is about zero, not about another value
         if self.n < self.fewest or (tested and (self.holm is None or self.holm > LEVEL)): return False
         if tested and math.isnan(self.low): return least < self.value < most # an exact test without an interval
         return least < self.low and self.high < most # never true of NaN
@@ -243,7 +243,8 @@ def records_by_measure(evaluation: Evaluation) -> dict[str, tuple]:
     for loss in evaluation.losses: records.setdefault(f"{task_title(loss.task)} loss", []).append(loss)
     for choice in evaluation.choices: records.setdefault(f"{task_title(choice.task)} gold p norm", []).append(choice)
     if text := evaluation.perplexity:
-        records[TEXT_LOSS] = [LossRecord(task=text.text, uid=str(i), loss=loss, tokens=text.window_tokens - 1)
+        of = f"{text.fingerprint}/{text.window_tokens}" # windows of another text, or length, are other problems
+        records[TEXT_LOSS] = [LossRecord(task=text.text, uid=f"{of}/{i}", loss=loss, tokens=text.window_tokens - 1)
                               for i, loss in enumerate(text.losses)]
     return {measure: tuple(found) for measure, found in records.items()}
 
@@ -337,7 +338,9 @@ def compare_with_paper(
     for (first, second, sparsity, measure), comparison in comparisons.items():
         if (first, second) != ("CAP", "Wanda") or paper_measure(measure) is None: continue
         here = "undecided" if not comparison.decided else "CAP" if is_better(comparison) else "Wanda"
-        rows[sparsity, measure] = paper_direction(paper_measure(measure), sparsity) | {"Here": here}
+        paper = paper_direction(paper_measure(measure), sparsity)
+        if measure.endswith(" loss") and measure != TEXT_LOSS: paper = dict.fromkeys(paper, "not reported")
+        rows[sparsity, measure] = paper | {"Here": here}
     if not rows: raise BadInput("There is no comparison of CAP with Wanda: expected one at least; run both methods.")
     return pd.DataFrame(list(rows.values()), index=pd.MultiIndex.from_tuples(rows, names=["Sparsity", "Measure"]))
 
@@ -354,7 +357,7 @@ def plot_head_importance(
     figure, panels = blank_figure(1, 1, (min(10, 2.2 + 0.32 * heads), min(9, 1.3 + 0.24 * layers)))
     ax, largest = panels[0, 0], float(np.abs(values).max()) or 1.0
     typical = max(float(np.median(np.abs(values))), largest / 1000)
-    norm, label = Normalize(-largest, largest), "rise of the loss when masked (nats)"
+    norm, label = Normalize(-largest, largest), "causal score (nats)"
     if largest > 10 * typical:
         linear = 10.0 ** math.floor(math.log10(typical)) # up to this size the scale is linear
         norm, label = SymLogNorm(linear, vmin=-largest, vmax=largest), f"{label},\nlogarithmic beyond ±{linear:g}"

@@ -43,7 +43,7 @@ def evaluation_problems(
     worded = {problem.wording for problem in calibrated if problem.uid in exclude}
     eligible = [problem for problem in problems if problem.uid not in exclude and problem.wording not in worded]
     dropped = len(problems) - len(eligible)
-    if dropped and held_out: log.warning("%s: left out, since calibrated on: %d", task, dropped)
+    if dropped and held_out: log.warning("%s: problems left out because they were calibrated on: %d", task, dropped)
     if not eligible:
         raise BadInput(f"{task} has no problem left for {split}: expected at least one; exclude fewer, or give more.")
     n = check_at_least(len(eligible) if n is None else n, 1, "n (problems for evaluation)")
@@ -95,7 +95,7 @@ def answer_problems(
     problems: Sequence[Problem], # Problems of one task, as from `evaluation_problems`
     style: str | PromptStyle | None = None, # Prompt style; None means `default_style`
     max_new_tokens: int | None = None, # Tokens that an answer may take; None means `token_limit`
-    shots: Sequence[Problem] = (), # Worked examples in front of each problem; none is the paper's way
+    shots: Sequence[Problem] = (), # Worked examples in front of each problem; none, as we read Appendix B
     stop_early: bool = True, # Whether a whole answer line ends an answer; False writes on, and the last line counts
     decoding: Decoding = Decoding(), # How many at once, in which order, by which program, and whether drawn
 ) -> tuple[AnswerRecord, ...]: # One record per problem, or one per drawn answer, in the order of the problems

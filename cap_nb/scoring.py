@@ -207,9 +207,10 @@ def score_interval(
     seed: int = 0, # Seed of the draws
     confidence: float = 0.95, # Share of the draws inside the interval
 ) -> tuple[torch.Tensor, torch.Tensor]: # Lower and upper bound of every score, float64 [L, H] each
-    "Percentile bootstrap intervals of the causal scores (Efron 1979); an unknown aggregation raises `BadInput`."
+    "Percentile bootstrap intervals of the causal scores (Efron 1979); a subset of one example raises `BadInput`."
     weight = pooling_weight(losses, how)
     check_confidence(confidence), check_at_least(draws, 1, "draws", 10**6), check_seed(seed)
+    check_at_least(int(losses.subset.bincount().min()), 2, "The number of examples of the smallest subset")
     rng, subset, scores = torch.Generator().manual_seed(seed), losses.subset, []
     for _ in range(draws):
         counts = resampled(subset, rng)

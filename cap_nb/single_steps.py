@@ -458,6 +458,8 @@ def recipe_into(job: Job, pruning: SinglePruning, tuning: FineTuning | None,
             if not made.exists(): train_into(changed(job, name=str(out/"pruned")), tuning, made, job.model.name)
             write_card(made, force=True)
         after = benched(job, str(made), out/"after")
+    if (before.method, before.sparsity) == (after.method, after.sparsity): # a recipe's own model is its input
+        before = replace(before, method=f"{before.method}, before")
     lines = [*lines, f"{made}: the model, with its card; load it in transformers, or with --model {made}."]
     return lines, [before, after]
 

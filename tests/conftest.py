@@ -18,6 +18,14 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files (
 SOAKED = ROOT / "figures" / "bad_input" / "soaked.json"
 
 
+FIRST = {f"test_{name}.py" for name in ("devices", "teaching", "hub", "install", "models_of_a_run", "inputs", "chains", "planning")}
+
+
+def pytest_collection_modifyitems(items):
+    """Files whose fixtures take seconds come first: what an idle process takes over from another lies at the end, and would make them anew."""
+    items.sort(key=lambda item: item.path.name not in FIRST)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def pools_are_encoded_once():
     from fixtures import pools_encoded_once

@@ -6,6 +6,7 @@ from functools import partial
 from unittest.mock import patch
 
 import torch
+from IPython.core import pylabtools
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -45,6 +46,14 @@ def blank_pictures():
     """A run's five pictures take two seconds to draw; what they show is looked at where they are drawn alone, and on the pages."""
     drawn = report.figures_of
     with patch.object(report, "figures_of", lambda run: dict.fromkeys(drawn(run), partial(Figure, (1, 1)))):
+        yield
+
+
+@contextmanager
+def small_pictures():
+    """A cell's picture is drawn for a screen of twice the resolution; where nobody looks, a fifth of it shows as well that it can be drawn."""
+    draw = pylabtools.print_figure
+    with patch.object(pylabtools, "print_figure", lambda *given, **how: draw(*given, **how | {"dpi": 40})):
         yield
 
 

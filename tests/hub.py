@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -57,9 +58,7 @@ class Hub:
 
     def __init__(self):
         self.repos, self.faults, self.asked = {}, [], []
-        handler = type("HubHandler", (Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.server.daemon_threads = True
+        self.listen(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def __enter__(self):
@@ -69,6 +68,21 @@ class Hub:
     def __exit__(self, *_):
         self.server.shutdown()
         self.server.server_close()
+
+    def listen(self, place):
+        self.server = ThreadingHTTPServer(place, type("HubHandler", (Handler,), {"hub": self}))
+        self.server.daemon_threads = True
+
+    @contextmanager
+    def gone(self):
+        """Nobody listens at its address meanwhile."""
+        place = self.server.server_address
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.listen(place)
+            self.__enter__()
 
     def add(self, repo):
         self.repos[repo.kind, repo.name] = repo

@@ -122,6 +122,15 @@ def test_order_and_mixture_of_records():
             compare(one, wrong)
 
 
+def test_windows_of_another_text_or_length_are_other_problems():
+    text = Perplexity(text="lab-text", fingerprint="0" * 64, value=2.0, low=1.9, high=2.1, windows=30, window_tokens=128, losses=(0.7,) * 30)
+    wanda = Evaluation(method="wanda", sparsity=0.5, reached=0.5, perplexity=text)
+    assert len(compare_methods([wanda, replace(wanda, method="cap")], [("cap", "wanda")])) == 1
+    for other in ({"window_tokens": 64}, {"fingerprint": "1" * 64}):
+        with pytest.raises(BadInput, match="same problems"):
+            compare_methods([wanda, replace(wanda, method="cap", perplexity=replace(text, **other))], [("cap", "wanda")])
+
+
 def test_undecided_is_signed_and_has_no_minus_zero():
     same = replace(compare(answers("arc", 30), answers("arc", 30)), low=-0.01, high=2.0)
     assert comparison_text(same) == "+0.0 [+0.0, +2.0]"
@@ -175,6 +184,7 @@ def test_comparison_with_the_paper_covers_what_both_have():
     measures = ("ARC-C.", "GSM8K", "StrategyQA loss", "Text loss")
     assert list(directions.index) == [(s, measure) for s in (0.1, 0.2, 0.5) for measure in measures]
     assert directions.loc[(0.2, "GSM8K"), "Llama-3-8B-Instruct"] == "Wanda"
+    assert directions.loc[(0.2, "StrategyQA loss"), "Llama-3-8B-Instruct"] == "not reported"
     assert paper_measure("GSM8K, set aside") == "gsm8k" and paper_measure("GSM8K, changed") is None, "other numbers"
     odd = compare_with_paper(compare_methods([replace(e, sparsity=0.3) for e in CELLS if e.sparsity == 0.2]))
     assert set(odd["Llama-3-8B-Instruct"]) == {"not reported"}

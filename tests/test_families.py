@@ -9,6 +9,7 @@ from proofs import PROOFS, RECORD, TINY_MODELS, proof_error, proofs_of, tiny_cal
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from cap_nb.calibration import Calibration
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked
 from cap_nb.data.prompts import collate
@@ -197,6 +198,14 @@ def test_sinks_and_latents_bear_a_shared_beginning_and_heads_at_once(name):
         assert torch.allclose(naive.masked, fast.masked, atol=1e-5, equal_nan=True)
 
 
+def test_one_example_bears_several_heads_at_once_where_rows_of_alibi_are_counted():
+    model = tiny_model("falcon, full attention, linear bias")
+    model.set_attn_implementation("eager")
+    one = Calibration.from_examples(tiny_calibration().examples[:1], k=1)
+    naive = score_heads_naive(model, one)
+    assert (score_heads(model, one, heads_at_once=3).masked - naive.masked).abs().max() < 1e-5
+
+
 def test_latents_belong_to_the_layer_and_what_they_become_to_heads():
     """The matrices that make the latents have the mean factor of their layer's heads, as its MLP has."""
     model = tiny_model("deepseek_v3, one dense layer")
@@ -258,7 +267,7 @@ def test_experts_of_a_moe_have_factors_of_their_own(name):
 
 SPARSITIES = dict.fromkeys(("cap", "cap@matrix", "cap_wanda@layer", "random", "gradient@row", "wanda+owl",
                             "sparsegpt+causal", "cap.signed_gradient"), 0.25)
-SPARSITIES |= {"wanda@2:4": 0.5, "sparsegpt@2:4": 0.5, "heads": 0.1}
+SPARSITIES |= {"wanda@2:4": 0.5, "sparsegpt@2:4": 0.5, "heads": 0.1, "wanda^block": 0.25}
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe, two dense layers", "gpt_oss"])

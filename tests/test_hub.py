@@ -39,14 +39,6 @@ def machine(hub, place):
     made.close()
 
 
-@pytest.fixture(scope="module")
-def alone(place):
-    """A machine whose hub is not there; the address is read at import."""
-    made = Machine("http://127.0.0.1:9", place)
-    yield made
-    made.close()
-
-
 @pytest.fixture(autouse=True)
 def well_behaved(hub):
     """No fault of an earlier test is left, and what was asked is counted anew."""
@@ -99,9 +91,10 @@ def test_the_second_run_asks_nothing(finished, machine, hub, place):
 
 @pytest.mark.parametrize("before", ["", "import huggingface_hub.constants as c; c.HF_HUB_OFFLINE = True; "], ids=["no hub", "offline"])
 @pytest.mark.parametrize("model", [f"tiny/llama@{COMMIT}", "tiny/llama"], ids=["a commit", "the newest"])
-def test_without_a_hub_the_cache_is_enough(finished, machine, alone, before, model):
+def test_without_a_hub_the_cache_is_enough(finished, machine, hub, before, model):
     assert machine.run(python=loads("tiny/llama")).code == 0  # which commit is the newest is known then
-    outcome = alone.run(python=f"{before}from cap_nb.all import load_problems; {loads(model)} print(len(load_problems('arc', 'evaluation')))")
+    with hub.gone():
+        outcome = machine.run(python=f"{before}from cap_nb.all import load_problems; {loads(model)} print(len(load_problems('arc', 'evaluation')))")
     assert outcome.out.split() == [COMMIT, "tiny/llama", "258", "16"] and outcome.waited < 1, outcome.err
 
 
@@ -169,9 +162,11 @@ def test_pickles_alone_are_refused(machine, hub):
 
 
 # ---- what goes wrong ----
-def test_without_a_hub(alone, place):
+def test_without_a_hub(machine, hub, place):
     for command in (f"run --model tiny/llama {FEW} --out none", f"{LOADING} tiny/llama", "prune --model tiny/llama --method magnitude --out none"):
-        assert_one_sentence(alone.run(command, cache="nobody"), "http://127.0.0.1:9 gives no answer")
+        with hub.gone():
+            outcome = machine.run(command, cache="nobody")
+        assert_one_sentence(outcome, f"{hub.url} gives no answer")
     assert not (place / "none").exists()
 
 

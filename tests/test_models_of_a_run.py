@@ -14,7 +14,7 @@ from cap_nb.single_steps import keep_model, prune_into
 from faults.machinery import SMALL, WORDS, contents, run_in, signalled_before
 from programs import assert_one_sentence, called
 
-METHODS = ("cap", "cap.literal", "sparsegpt", "wanda@2:4^swaps", "cap.relevance")
+METHODS = ("cap", "cap.literal", "wanda^block", "sparsegpt", "wanda@2:4^swaps", "cap.relevance")
 JOB = changed(SMALL, methods=METHODS, accuracy_tasks=(), windows=0)
 
 
@@ -37,8 +37,8 @@ def runs(tmp_path_factory):
 
 
 def test_the_models_are_those_of_cap_prune(runs, tmp_path):
-    """Weights, and config.json with its record, for a mask, its other reading, a solver, a pattern and an attribution."""
-    assert sorted(path.name for path in (runs[1] / "models").iterdir()) == ["cap-0.5", "cap.literal-0.5", "cap.relevance-0.5", "sparsegpt-0.5", "wanda@2of4^swaps-0.5"]
+    """Weights, and config.json with its record, for a mask, its other reading, block reconstruction, a solver, a pattern and an attribution."""
+    assert sorted(path.name for path in (runs[1] / "models").iterdir()) == ["cap-0.5", "cap.literal-0.5", "cap.relevance-0.5", "sparsegpt-0.5", "wanda@2of4^swaps-0.5", "wanda^block-0.5"]
     for method in METHODS:
         scores = runs[1] / "losses.safetensors" if method in ("cap", "cap.literal") else None
         prune_into(SMALL, SinglePruning(method=method, sparsity=0.5, scores=scores), tmp_path / "alone")

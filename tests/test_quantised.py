@@ -52,6 +52,9 @@ def test_load_model_reads_it(tmp_path, kind, tied):
     assert ids.tolist() == load_tokenizer(str(folder))("1 +", return_tensors="pt").input_ids.tolist()
     with torch.no_grad():
         assert torch.equal(there(ids).logits, back(ids).logits)
+    short, _ = load_model(str(tmp_path / "x.gguf"), "bfloat16", "cpu")
+    assert {weight.dtype for weight in short.parameters()} == {torch.bfloat16}
+    assert short.model.rotary_emb.inv_freq.dtype == torch.float32, "rotations are as exact as in a model that was saved"
 
 
 def test_eight_bits_are_dequantised_with_a_note(tmp_path, caplog):

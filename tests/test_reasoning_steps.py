@@ -160,7 +160,7 @@ def test_no_text_breaks_the_reader():
         text = "".join(rng.choices(signs, k=rng.randint(0, 120)))
         problem = rng.choice(problems)
         assert error_category(answered(problem, text, rng.random() < 0.5), problem) in ERROR_CATEGORIES
-    for text in ("(" * 20_000, "-" * 20_000, "2^" * 5_000 + "2 = 4", "9*" * 5_000 + "9 = 1", "1/0 = " * 3_000, "3 1/0 = 3", "=" * 9_999):
+    for text in ("(" * 5_000, "-" * 5_000, "2^" * 2_000 + "2 = 4", "9*" * 2_000 + "9 = 1", "1/0 = " * 3_000, "3 1/0 = 3", "=" * 9_999):
         assert all(isinstance(e.true, bool) for e in equations_in(text))
 
 

@@ -267,7 +267,7 @@ def strict_answer(text: str, style: str | PromptStyle, family: str) -> str | Non
 
 LEADS = r"(?i:answer(?:\s+is)?\s*:|answer\s+is)[\s*_(\"'`]*" # "the answer is", "Answer: **"
 LOOSE = {"gsm8k": rf"(?<![\w.])({NUMBER})", "strategyqa": r"\b(?i:(yes|no))\b",
-         "arc": r"(?<![\w'])((?:A(?!\s+[a-z])|[B-H])(?![\w']))",
+         "arc": r"(?<!\w)(?<!\w')((?:A(?!\s+[a-z])|[B-H])(?!\w|'\w))",
          "math500": rf"(\$[^$\n]+\$|\\\(.+?\\\)|(?<![\w.]){NUMBER})"} # Benchmark -> an answer anywhere in a text
 
 def lenient_answer(text: str, style: str | PromptStyle, family: str) -> str | None:

@@ -25,7 +25,7 @@ from ..calibration import deal_subsets
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import read_checked, sha256_of_file, write_json, write_text
 from ..core.plots import blank_figure, in_style, save_figure
-from ..evaluation import AnswerRecord, Evaluation, bootstrap_interval, wilson_interval
+from ..evaluation import AnswerRecord, Evaluation, bootstrap_interval, right_shares, wilson_interval
 from .seeds import split_variance
 from .variants import FEWEST_CHAINS, VARIANTS, losses_of_task, only_examples, variant_scores
 from ..jobs.records import PACKED, Run, is_run, load_run, read_run, settings_of
@@ -255,10 +255,12 @@ def gain_comparison(gains: np.ndarray, unit: str, confidence: float, test: bool 
     if gains.ndim > 1 and len(gains) > 1: return split_variance(gains, confidence).comparison(unit)
     gains = gains.reshape(-1)
     mean, n = gains.mean(), len(gains)
-    if not test and unit == "points": return number(mean, cautious_interval(gains, confidence), unit, n, fewest=1)
+    # of several answers a share is right; a difference of differences may be 200
+    answers = {*np.abs(gains)} <= {0.0, 100.0}
+    if not test and answers and unit == "points":
+        return number(mean, cautious_interval(gains, confidence), unit, n, fewest=1)
     interval = bootstrap_interval(gains, 0, confidence)
     if not test: return number(mean, interval, unit, n)
-    answers = {*np.abs(gains)} <= {0.0, 100.0} # a difference of differences may be 200
     p = mcnemar_exact(int((gains > 0).sum()), int((gains < 0).sum())) if answers else sign_flip_test(gains)
     return number(mean, interval, unit, n, p)
 
@@ -581,13 +583,13 @@ from functools import lru_cache
 
 def answered_by_both(dense: Sequence[AnswerRecord], pruned: Sequence[AnswerRecord]) -> np.ndarray:
     "The dense model's problems; one that the pruned model was not asked, or in other words, raises `BadInput`."
-    asked = {(answer.uid, answer.prompt_sha256): answer for answer in pruned}
+    asked = {(answer.uid, answer.prompt_sha256) for answer in pruned}
     missing = [answer for answer in dense if (answer.uid, answer.prompt_sha256) not in asked]
     if missing:
         raise BadInput(f"{len(missing)} of the dense model's {len(dense)} problems were not put to the pruned one in "
                        "the same words: expected all of them; answer the same problems in one prompt style.")
-    return np.array([[asked[answer.uid, answer.prompt_sha256].lenient_correct, answer.lenient_correct]
-                     for answer in dense], dtype=np.float64)
+    before, after = right_shares(dense, lenient=True), right_shares(pruned, lenient=True)
+    return np.array([[after[problem], share] for problem, share in before.items()])
 
 @lru_cache(maxsize=2)
 def drawn_counts(n: int) -> np.ndarray: # [10 000, n]

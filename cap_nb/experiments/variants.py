@@ -17,7 +17,7 @@ from torch import nn
 from ..calibration import Calibration, deal_subsets
 from ..core.errors import BadInput, check_at_least, check_choice, validate_arguments
 from ..core.files import alone_in, read_tensors, sha256_of_file, write_tensors
-from ..data.problems import load_text, task_family, TASKS
+from ..data.problems import halves, load_text, task_family, TASKS
 from ..data.prompts import Example, make_example
 from ..evaluation import AnswerRecord, Evaluation, answer_record, prompt_tokens
 from ..importance import importance_factors
@@ -219,6 +219,7 @@ def tasks_table(ready: Ready, folder: Path, sources: Sources) -> Table: # The ta
 # %% ../../nbs/experiments/00_variants.ipynb #c055
 def text_set(ready: Ready, sources: Sources) -> Calibration: # Plain text to calibrate on
     text = load_text(ready.job.evaluate.text, ready.job.calibrate.data_dir, "calibration").text
+    if ready.job.evaluate.evaluate_on == "validation": text, _ = halves(text) # the second one is measured on
     return text_like(ready.tokenizer, ready.calibration, text, sources.text_windows)
 
 def check_variants(ready: Ready, names: Sequence[str], sources: Sources) -> None:
@@ -230,7 +231,10 @@ def check_variants(ready: Ready, names: Sequence[str], sources: Sources) -> None
             raise BadInput(f"Variant {name} is calibrated on {variant.weighting} alone, and the calibration set has "
                            f"{', '.join(held)}: expected a task of that kind; add it to --tasks, or name the variants "
                            "that are wanted with --variants.")
-        if variant.k: deal_subsets(ready.calibration.stratum, variant.k)
+        alone = variant.weighting not in (None, "even")
+        stratum = [each for each, e in zip(ready.calibration.stratum, ready.calibration.examples)
+                   if not alone or e.task in TASKS and task_family(e.task) == variant.weighting]
+        deal_subsets(stratum, variant.k or ready.calibration.k)
     if any(VARIANTS[name].table == "text" for name in names): text_set(ready, sources)
 
 def variant_table(ready: Ready, folder: Path, which: str, sources: Sources) -> Table | None:

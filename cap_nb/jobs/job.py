@@ -49,9 +49,9 @@ from ..methods.prune import (
     READINGS, unit_factors)
 from ..methods.resumed_scoring import check_target, Request, save_losses, scored_table, TARGETS
 from ..methods.screening import load_any, PartialLosses, save_partial, scores_of, screen_heads
-from ..models.anatomy import check_length, context_of, projections
+from ..models.anatomy import check_length, context_of, decoder_layers
 from ..models.checks import warn_of_zeros, zeros_of
-from ..models.choices import choice_records, has_options
+from ..models.choices import check_options_fit, choice_records, has_options
 from ..models.decoding import check_room, Decoding, held_by_vllm, imported_vllm, Sampling, token_limit, WRITERS
 from ..models.loading import (
     check_all_here, dtype_named, fingerprint_differences, load_model, model_fingerprint, placed, settings_that_count,
@@ -181,7 +181,9 @@ def drawn_problems(job: Job, task: str, n: int, exclude: frozenset[str]) -> tupl
     if task == FRESH and (calibrated := exclude & uids_of(FRESH, job.calibrate.data_dir)):
         raise BadInput(f"{len(calibrated)} problems of the calibration set are among those that {FRESH} sets aside to "
                        f"judge on: expected none; calibrate with --spare {FRESH}.")
-    return evaluation_problems(task, n, job.calibrate.seed, job.calibrate.data_dir, exclude, job.evaluate.evaluate_on)
+    data, split = job.calibrate, job.evaluate.evaluate_on
+    if (task, split) == ("gsm8k", "validation"): exclude = exclude | uids_of(FRESH, data.data_dir) # judged on elsewhere
+    return evaluation_problems(task, n, data.seed, data.data_dir, exclude, split)
 
 def shown_examples(job: Job, task: str, problems: Sequence[Problem]) -> tuple[Problem, ...]:
     "Worked examples for a task, from its calibration split or its benchmark's; a task that has none raises `BadInput`."
@@ -350,6 +352,7 @@ def check_problems(job: Job, model: nn.Module, tokenizer: object, exclude: Colle
             raise BadInput(f"{len(seen)} of the {len(problems)} problems of {piece.on} are calibrated on: expected "
                            "none; calibrate on other problems, or measure other tasks.")
         if piece.kind == "accuracy": check_answers_fit(job, model, tokenizer, piece.on, problems)
+        elif piece.kind == "choice": check_options_fit(model, tokenizer, problems)
         elif piece.kind == "loss":
             examples = encode_problems(tokenizer, problems, job.calibrate.style)
             check_length(model, max(len(example.input_ids) for example in examples))
@@ -364,6 +367,7 @@ def prepare_loaded(job: Job, model: nn.Module, tokenizer: object) -> Ready:
         raise BadInput("Nothing is to be measured: expected answers, losses or a perplexity; raise --loss-n or "
                        "--windows, or name tasks.")
     calibration = job_calibration(job, tokenizer)
+    check_length(model, max(len(example.input_ids) for example in calibration.examples))
     check_text_unseen(job, calibration)
     check_problems(job, model, tokenizer, calibrated_on(calibration), calibration)
     warn_of_zeros(*zeros_of(model))
@@ -460,12 +464,12 @@ def factors_by_method(ready: Ready, folder: Path, store: Path | None) -> dict[st
     return {method: factors[name] for method, name in attributions.items()}
 
 # %% ../../nbs/jobs/03_job.ipynb #c056
-def copied_weights(model: nn.Module) -> dict[str, torch.Tensor]: # Module name -> copy of its weight, in main memory
-    return {p.name: p.stored.detach().to("cpu", copy=True) for p in projections(model)}
+def copied_weights(model: nn.Module) -> dict[str, torch.Tensor]: # Name of a layers' parameter -> copy in main memory
+    return {name: each.detach().to("cpu", copy=True) for name, each in decoder_layers(model).named_parameters()}
 
 @torch.no_grad()
 def put_back(model: nn.Module, copies: dict[str, torch.Tensor]) -> None:
-    for p in projections(model): p.stored.copy_(copies[p.name])
+    for name, each in decoder_layers(model).named_parameters(): each.copy_(copies[name])
 
 # %% ../../nbs/jobs/03_job.ipynb #c060
 def backend_of(job: Job, model: nn.Module) -> AbstractContextManager[object]: # For `Decoding`

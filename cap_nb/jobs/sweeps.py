@@ -158,8 +158,10 @@ MOST_RUNS = 1000 # Combinations of one sweep
 def value_name(text: str | None) -> str: # As a part of a folder's name
     "A value in the name of a folder: different values have different names."
     if text is None: return "default"
-    plain = re.sub(r"[^A-Za-z0-9.,@+^~-]+", "-", text.replace(":", "of"))[:40]
-    return plain if plain == text.replace(":", "of") != "default" else f"{plain}-{sha256_of_text(text)[:6]}"
+    written = re.sub(r"(?<=\d):(?=\d)", "of", text) # as in wanda@2:4
+    plain = re.sub(r"[^A-Za-z0-9.,@+^~-]+", "-", written)[:40]
+    same = plain == written != "default" and not re.search(r"\dof\d", text)
+    return plain if same else f"{plain}-{sha256_of_text(text)[:6]}"
 
 def combination_name(varied: Mapping[str, str | None]) -> str: # Name of a folder
     name = "_".join(f"{option}={value_name(text)}" for option, text in varied.items()) or "run"

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 from ..core.errors import BadInput, validate_arguments
-from ..data.problems import Problem, task_family
+from ..data.problems import TASKS, Problem, load_problems, task_family
 from ..data.prompts import padded
 from .anatomy import head_logits
 from .decoding import check_room, inference
@@ -48,11 +48,14 @@ def weighed(problem: Problem, options: Sequence[tuple[str, str]], log_probs: Seq
 # %% ../../nbs/models/12_choices.ipynb #b63fabe7
 def has_options(task: str) -> bool:
     "Whether the problems of a task have options."
-    return task_family(task) in ("arc", "strategyqa")
+    if task_family(task) in ("arc", "strategyqa"): return True
+    about = TASKS[task] # of a user's own task its first problem tells
+    return about.hub is None and not about.generated and bool(load_problems(task, "evaluation")[0].choices)
 
 def options_of(problem: Problem) -> tuple[tuple[str, str], ...]: # (name, text) of each
     "The options of a problem; one that has none raises `BadInput`."
-    found = problem.choices or ((("yes", "yes"), ("no", "no")) if has_options(problem.task) else ())
+    yes_or_no = task_family(problem.task) == "strategyqa"
+    found = problem.choices or ((("yes", "yes"), ("no", "no")) if yes_or_no else ())
     if found and problem.answer not in dict(found):
         raise BadInput(f"The answer of problem {problem.uid} is {problem.answer!r}: expected one of "
                        f"{', '.join(dict(found))}; correct it.")
@@ -99,6 +102,14 @@ def log_probs(model: torch.nn.Module, read: Sequence[int], options: Sequence[Seq
     return [total + sum(row[:len(option) - 1]) for total, row, option in zip(totals, later, options)]
 
 # %% ../../nbs/models/12_choices.ipynb #90e65113
+def check_options_fit(model: torch.nn.Module, tokenizer: object,
+                      problems: Sequence[Problem]) -> list[tuple[list[int], list[list[int]]]]:
+    "`tokens_of_options` of each problem; one without options, or that does not fit into the context: `BadInput`."
+    parts = [tokens_of_options(tokenizer, problem) for problem in problems]
+    for read, options in parts: check_room(model, [read], max(map(len, options)))
+    return parts
+
+# %% ../../nbs/models/12_choices.ipynb #11afad38
 @validate_arguments
 def choice_records(
     model: torch.nn.Module, # A causal language model of a known family
@@ -106,8 +117,7 @@ def choice_records(
     problems: Sequence[Problem], # Problems with options, as from `evaluation_problems`
 ) -> tuple[ChoiceRecord, ...]: # One record per problem, in the order of the problems
     "The right option's probability after 'Question: ... Answer:' (Gao et al.'s acc); no options raise `BadInput`."
-    parts, records = [tokens_of_options(tokenizer, problem) for problem in problems], []
-    for read, options in parts: check_room(model, [read], max(map(len, options)))
+    parts, records = check_options_fit(model, tokenizer, problems), []
     for problem, part in zip(tqdm(problems, desc="choices", unit="problem", leave=False), parts):
         records.append(weighed(problem, options_of(problem), log_probs(model, *part)))
     return tuple(records)

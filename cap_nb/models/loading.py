@@ -471,7 +471,8 @@ def load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device) -> tu
     anatomy(model)
     log.warning("%s was dequantised: its weights are those of the quantised model written out as numbers, "
                 "not those of the original", file)
-    return model.to(device=device, dtype=dtype or torch.float32).eval(), tokenizer
+    for weight in model.parameters(): weight.data = weight.data.to(dtype or torch.float32) # rotations stay float32
+    return model.to(device).eval(), tokenizer
 
 # %% ../../nbs/models/08_loading.ipynb #c071
 @validate_arguments

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from unittest.mock import patch
 import torch
 from torch import nn
@@ -172,9 +173,9 @@ def repeated(call: LayerCall, times: int) -> LayerCall:
     if unknown:
         raise BadInput(f"A layer is called with {unknown[0]!r}, which is not known to have a row for each example: "
                        f"expected one of {', '.join(BY_EXAMPLE)}; score one head at a time.")
-    def rows(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if len(tensor) == 1 else tensor.repeat(times, *[1] * (tensor.dim() - 1))
-    arguments = {name: mapped(value, rows) if name in BY_EXAMPLE and tensors_of(value) else value
+    def rows(name: str, tensor: torch.Tensor) -> torch.Tensor: # one row is broadcast, but Falcon counts those of alibi
+        return tensor if len(tensor) == 1 and name != "alibi" else tensor.repeat(times, *[1] * (tensor.dim() - 1))
+    arguments = {name: mapped(value, partial(rows, name)) if name in BY_EXAMPLE and tensors_of(value) else value
              for name, value in call.arguments.items()}
     return replace(call, arguments=arguments)
 
