@@ -7,7 +7,7 @@ __all__ = ['method_table', 'Comparison', 'compare_methods', 'compare_with_paper'
 
 # %% ../nbs/06_analysis.ipynb #c005
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
 from cap_nb.models.choices import ChoiceRecord
@@ -68,18 +68,19 @@ def answers_title(task: str, samples: int) -> str: # As in "GSM8K", or "GSM8K pa
     "What an accuracy is called: by its task, and with how many drawn answers to each problem."
     return task_title(task) if samples == 1 else f"{task_title(task)} pass@1, k = {samples}"
 
-def row_cells(evaluation: Evaluation) -> dict[str, tuple[float, float, float, int]]:
-    "The cells of one row of Table 1: value, low, high and n by column."
-    cells = {}
+def summary_rows(evaluation: Evaluation) -> Iterator[tuple]: # Column, measure, task, value, low, high, unit, n
+    "Each number of one row of Table 1."
     for s in summarise_answers(evaluation.answers):
-        cells[answers_title(s.task, s.samples)] = (100 * s.accuracy, 100 * s.low, 100 * s.high, s.n)
-    for s in summarise_losses(evaluation.losses): cells[f"{task_title(s.task)} loss"] = (s.loss, s.low, s.high, s.n)
+        yield (answers_title(s.task, s.samples), "accuracy", s.task, 100 * s.accuracy, 100 * s.low, 100 * s.high,
+               "per cent", s.n)
+    for s in summarise_losses(evaluation.losses):
+        yield f"{task_title(s.task)} loss", "loss", s.task, s.loss, s.low, s.high, "nats", s.n
     for s in summarise_choices(evaluation.choices):
-        cells[f"{task_title(s.task)} {s.measure}"] = (100 * s.value, 100 * s.low, 100 * s.high, s.n)
+        yield (f"{task_title(s.task)} {s.measure}", s.measure, s.task, 100 * s.value, 100 * s.low, 100 * s.high,
+               "per cent", s.n)
     if text := evaluation.perplexity:
         name = f"{TEXT_TITLES.get(text.text, text.text)} perplexity"
-        cells[name] = (text.value, text.low, text.high, text.windows)
-    return cells
+        yield name, "perplexity", text.text, text.value, text.low, text.high, "1", text.windows
 
 # %% ../nbs/06_analysis.ipynb #36594ce3
 def by_cell(evaluations: Iterable[Evaluation]) -> dict[tuple[str, float], Evaluation]:
@@ -105,7 +106,8 @@ def method_table(
         raise BadInput("There is nothing to put into a table: expected at least one evaluation; "
                        "run 'cap run' or 'cap eval' first.")
     by_cell(rows) # two for one row are refused
-    titles, cells = [task_title(task) for task in TASKS], [row_cells(row) for row in rows]
+    titles = [task_title(task) for task in TASKS]
+    cells = [{column: (*ends, n) for column, _, _, *ends, _, n in summary_rows(row)} for row in rows]
     order = [*titles, *(f"{title} loss" for title in titles)] # accuracies, losses, then what has no place in the paper
     def place(column):
         name = column.partition(" pass@1")[0]

@@ -131,8 +131,8 @@ def read_numbers(text: str, kind: type = int, like: str = "1,16") -> tuple: # (1
         raise BadInput(f"{text!r} is not a list of {'whole ' * (kind is int)}numbers: expected some with commas; "
                        f"write {like}.") from None
 
-def read_sparsities(text: str) -> tuple[float, ...]: # (0.1, 0.2)
-    return tuple(map(check_sparsity, read_numbers(text, float, "0.1,0.2,0.5")))
+def read_sparsities(text: str | None) -> tuple[float, ...] | None: # (0.1, 0.2)
+    return None if text is None else tuple(map(check_sparsity, read_numbers(text, float, "0.1,0.2,0.5")))
 
 def read_path(text: str | Path) -> Path: # The path
     "The path of a file or folder; nothing is none, though Python takes it for the folder where one is."
@@ -285,13 +285,9 @@ TOO_FEW = ("Too few examples and problems for a verdict on any method: --quick s
 # %% ../nbs/command_line.ipynb #6af76c29
 def options_of_command(function: Callable) -> list[Option]: # Its own options and arguments
     "What a command asks for besides a job and other settings."
-    about, own = comments(function), []
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.name in ("job", "settings", "context"): continue
-        is_argument = parameter.kind is not inspect.Parameter.KEYWORD_ONLY
-        own.append(make_option(parameter.name, parameter.annotation, parameter.default, about[parameter.name],
-                               is_argument))
-    return own
+    about, own = comments(function), inspect.signature(function).parameters.values()
+    return [make_option(p.name, p.annotation, p.default, about[p.name], p.kind is not p.KEYWORD_ONLY)
+            for p in own if p.name not in ("job", "settings", "context")]
 
 CONTEXT = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
 LOUDNESS = [make_option("quiet", bool, False, "draw no bars, and show no warnings"),
@@ -816,20 +812,17 @@ def compare_command(
                        "and not in it; leave one of the two out.")
     from cap_nb.analysis import comparison_frame
     from cap_nb.core.files import check_new_folder
+    from cap_nb.jobs.records import load_run
     from cap_nb.jobs.results import compare_runs, published_text, runs_in, save_comparison, told_text
     from cap_nb.jobs.tables import comparison_markdown
     if out: check_new_folder(out)
-    sparsities = None if sparsity is None else read_sparsities(sparsity)
-    compared = compare_runs(runs, read_names(methods), against, sparsities, seed)
+    compared = compare_runs(runs, read_names(methods), against, read_sparsities(sparsity), seed)
     if form == "csv": text = comparison_frame(compared).to_csv(lineterminator="\n")
     else: text = comparison_markdown(compared) + told_text(compared)
     if form == "md" and len(runs_in(runs)) == 1 and against is None:
         base = next(iter(compared))[1]
         text = f"One run: its methods are held against {base}; --against names another.\n\n{text}"
-    published = ""
-    if beside:
-        from cap_nb.jobs.records import load_run
-        published = f"\n{published_text(load_run(next(iter(runs_in(runs).values()))))}"
+    published = f"\n{published_text(load_run([*runs_in(runs).values()][0]))}" if beside else ""
     text += published
     if out is None: return text
     save_comparison(compared, runs, out, published)
@@ -852,8 +845,7 @@ def repeat_command(
     places = {"name": model, "device": device, "data_dir": data_dir, "calibrate_on": calibrate_on}
     places = {name: place for name, place in places.items() if place is not None}
     from cap_nb.jobs.results import repeat_run
-    sparsities = None if sparsity is None else read_sparsities(sparsity)
-    table = repeat_run(folder, out, read_names(methods), sparsities, places)
+    table = repeat_run(folder, out, read_names(methods), read_sparsities(sparsity), places)
     typer.echo(table.to_string(index=False, na_rep=""))
     if (table["compared"] != table["equal"]).any(): raise typer.Exit(1)
 

@@ -106,10 +106,10 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
     model, tokenizer = load_checked(job)
     calibration, fingerprint = job_calibration(job, tokenizer), tokenizer_fingerprint(tokenizer)
     working, batch_tokens = store or out.with_name(out.name + ".unfinished"), job.model.batch_tokens
+    asked = Request(batch_tokens=batch_tokens, store=working, tokenizer_fingerprint=fingerprint,
+                    heads_at_once=heads_at_once, target=job.prune.score_target)
     if join:
-        done = help_scoring(model, calibration, Request(
-            batch_tokens=batch_tokens, store=working, tokenizer_fingerprint=fingerprint, heads_at_once=heads_at_once,
-            target=job.prune.score_target))
+        done = help_scoring(model, calibration, asked)
         return f"{done} units of {out} were computed here; the process that was there first makes the file."
     with joined(model.device) as share, nullcontext() if store or share.rank else begun_in(working):
         if budget is not None:
@@ -117,9 +117,7 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
             table = screen_heads(model, calibration, budget, seed, batch_tokens, working, fingerprint, heads_at_once)
             save_beside(save_partial, table, out)
         else:
-            table = scored_table(model, calibration, Request(
-                batch_tokens=batch_tokens, store=working, tokenizer_fingerprint=fingerprint,
-                heads_at_once=heads_at_once, share=share, target=job.prune.score_target))
+            table = scored_table(model, calibration, replace(asked, share=share))
             if not share.rank: save_beside(save_losses, table, out)
         if not (store or share.rank): shutil.rmtree(working)
     if share.rank: return ""

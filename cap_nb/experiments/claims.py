@@ -29,7 +29,7 @@ from ..evaluation import AnswerRecord, Evaluation, bootstrap_interval, right_sha
 from .seeds import split_variance
 from .variants import FEWEST_CHAINS, VARIANTS, losses_of_task, only_examples, variant_scores
 from ..jobs.records import PACKED, Run, is_run, load_run, read_run, settings_of
-from ..jobs.tables import interval_text, latex_text, markdown_rows, p_text
+from ..jobs.tables import ESCAPED, interval_text, markdown_rows, p_text
 from ..scoring import HeadLosses, causal_scores, rank_correlation, split_half_reliability
 
 # %% ../../nbs/experiments/02_claims.ipynb #fbebd42d
@@ -715,7 +715,7 @@ def ledger_markdown(ledger: pd.DataFrame) -> str: # Markdown
 
 def ledger_latex(ledger: pd.DataFrame) -> str: # A longtable for the packages longtable and booktabs
     header, rows = ledger_rows(ledger)
-    def line(cells): return " & ".join(latex_text(cell.replace("**", "")) for cell in cells) + r" \\"
+    def line(cells): return " & ".join(cell.replace("**", "").translate(ESCAPED) for cell in cells) + r" \\"
     widths = r"lp{4.5cm}p{3cm}" + r"p{4cm}" * (len(header) - 3)
     top = [rf"\begin{{longtable}}{{{widths}}}", r"\toprule", line(header), r"\midrule"]
     notes = [f"% {note}" for note in ledger_notes(ledger)]

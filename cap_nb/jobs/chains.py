@@ -55,8 +55,6 @@ class Chain:
         return self.answer == self.gold and not self.cut_off
 
 # %% ../../nbs/jobs/06_chains.ipynb #c008
-FEW_ANSWERS = ("strategyqa", "arc") # Benchmarks whose answers can be guessed: yes or no, a letter
-
 def majority_answer(tries: Sequence[Chain]) -> str | None:
     counts = Counter(chain.answer for chain in tries if not chain.cut_off and chain.answer is not None)
     answer, count = max(counts.items(), key=lambda item: item[1], default=(None, 0))
@@ -67,7 +65,7 @@ def kept_of_problem(tries: Sequence[Chain], rule: ChainRule = ChainRule()) -> li
     "The chains of one problem that a rule takes."
     right, (fewest, most), (low, high) = [chain for chain in tries if chain.right], rule.tokens, rule.solved
     if not low <= len(right) / len(tries) <= high: return []
-    by_luck = task_family(tries[0].task) in FEW_ANSWERS and majority_answer(tries) != tries[0].gold
+    by_luck = task_family(tries[0].task) in ("strategyqa", "arc") and majority_answer(tries) != tries[0].gold
     if rule.right and by_luck: return []
     distinct = {}
     for chain in right if rule.right else tries:
@@ -77,10 +75,9 @@ def kept_of_problem(tries: Sequence[Chain], rule: ChainRule = ChainRule()) -> li
 
 def kept_chains(chains: Sequence[Chain], rule: ChainRule = ChainRule()) -> tuple[Chain, ...]: # Problem after problem
     problems = {}
-    for chain in sorted(chains, key=lambda chain: chain.attempt):
-        problems.setdefault((chain.task, chain.uid), []).append(chain)
-    order = dict.fromkeys((chain.task, chain.uid) for chain in chains)
-    return tuple(chain for problem in order for chain in kept_of_problem(problems[problem], rule))
+    for chain in chains: problems.setdefault((chain.task, chain.uid), []).append(chain)
+    return tuple(kept for tries in problems.values()
+                 for kept in kept_of_problem(sorted(tries, key=lambda chain: chain.attempt), rule))
 
 # %% ../../nbs/jobs/06_chains.ipynb #c018
 @dataclass(frozen=True)

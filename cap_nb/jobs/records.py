@@ -463,11 +463,9 @@ def packed_records(path: Path) -> Records: # What the run recorded
 
 # %% ../../nbs/jobs/00_records.ipynb #c074
 def records_of(folder: str | Path) -> Records: # What it recorded
-    "The records of a run, live or packed; a packed file that is not as it was written raises `BadInput`."
+    "The records of a run, live or packed, whose checksum `read_run` has looked at."
     folder = Path(folder)
-    if not (folder/PACKED).exists(): return live_records(folder)
-    packed_texts(folder)
-    return packed_records(folder/PACKED)
+    return packed_records(folder/PACKED) if (folder/PACKED).exists() else live_records(folder)
 
 # %% ../../nbs/jobs/00_records.ipynb #c077
 def record_hashes(records: Records, configuration: dict) -> dict[str, str]:
@@ -482,8 +480,9 @@ def manifest(folder: str | Path) -> dict:
     "Which tables and pictures a run has, and the records that they were made from."
     folder = Path(folder)
     made = [path for name in ("tables/[!.]*", "figures/[!.]*", REPORT) for path in sorted(folder.glob(name))]
+    configuration = read_run(folder)
     return {"made": {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in made},
-            "made from": record_hashes(records_of(folder), read_run(folder))}
+            "made from": record_hashes(records_of(folder), configuration)}
 
 # %% ../../nbs/jobs/00_records.ipynb #c081
 SEAL = b"cap_nb sha256 " # What stands before the checksum in a packed file
@@ -496,7 +495,7 @@ def sealed_bytes(content: bytes) -> bytes:
 
 def write_packed(folder: Path) -> None:
     "Write all of a run into one file, in which a value of a column of text is kept once."
-    records, configuration, about = records_of(folder), read_run(folder), manifest(folder)
+    configuration, records, about = read_run(folder), records_of(folder), manifest(folder)
     words = {"run.json": checked_text(configuration), "manifest.json": checked_text(about)}
     table, texts = records_table(records), [name for name, kind in COLUMNS.items() if kind == pa.string()]
     with whole_file(folder/PACKED) as part:

@@ -14,13 +14,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from ..analysis import (
-    comparable_parts, compare_methods, Comparison, comparison_frame, correct_family, FEWEST_PAIRS, LEVEL, method_title)
+from cap_nb.analysis import (
+    comparable_parts, compare_methods, Comparison, comparison_frame, correct_family, FEWEST_PAIRS, LEVEL, method_title,
+    summary_rows)
 from ..core.errors import BadInput, check_choice, check_fields, check_sparsity, validate_arguments
 from ..core.files import read_checked, sha256_of_file, taken_as, whole_folder, write_json, write_text
 from ..core.plots import blank_figure, in_style, INK, save_figure
-from ..evaluation import (
-    CHOICE_MEASURES, Evaluation, summarise_answers, summarise_choices, summarise_losses)
+from ..evaluation import CHOICE_MEASURES, Evaluation
 from .job import run_job
 from .records import (
     agrees, differences, is_fingerprint, job_of, load_run, PACKED, read_run, Run, settings_of, shown)
@@ -86,16 +86,6 @@ def problem_rows(evaluation: Evaluation) -> Iterator[tuple]: # measure, task, th
         for window, loss in enumerate(text.losses):
             yield "perplexity", text.text, str(window), loss, "nats", text.window_tokens - 1, None, None, 0
 
-def summary_rows(evaluation: Evaluation) -> Iterator[tuple]: # measure, task, then the columns of `SUMMARY`
-    "A row for each number that Table 1 has of this model."
-    for a in summarise_answers(evaluation.answers):
-        yield "accuracy", a.task, 100 * a.accuracy, 100 * a.low, 100 * a.high, "per cent", a.n
-    for r in summarise_losses(evaluation.losses): yield "loss", r.task, r.loss, r.low, r.high, "nats", r.n
-    for c in summarise_choices(evaluation.choices):
-        yield c.measure, c.task, 100 * c.value, 100 * c.low, 100 * c.high, "per cent", c.n
-    if (text := evaluation.perplexity) is not None:
-        yield "perplexity", text.text, text.value, text.low, text.high, "1", text.windows
-
 # %% ../../nbs/jobs/07_results.ipynb #c024
 def run_rows(name: str, run: Run, summary: bool) -> Iterator[tuple]:
     "All rows of a run."
@@ -103,7 +93,8 @@ def run_rows(name: str, run: Run, summary: bool) -> Iterator[tuple]:
     for evaluation in run.evaluations:
         which = (name, about["model"]["name"], about["calibration"]["seed"], evaluation.method, evaluation.sparsity,
                  evaluation.reached)
-        for row in (summary_rows if summary else problem_rows)(evaluation): yield (*which, *row)
+        rows = (row[1:] for row in summary_rows(evaluation)) if summary else problem_rows(evaluation)
+        for row in rows: yield (*which, *row)
 
 # %% ../../nbs/jobs/07_results.ipynb #c025
 @validate_arguments
@@ -421,15 +412,6 @@ def compare_repeated(first: Run, second: Run) -> pd.DataFrame:
             *measured_rows(first, second)]
     return pd.DataFrame([r for r in rows if r], columns=["what", "compared", "equal", "largest"])
 
-# %% ../../nbs/jobs/07_results.ipynb #r019
-def narrowed(job: Job, methods: Sequence[str] | None, sparsities: Sequence[float] | None) -> Job:
-    "A part of a job; a method or sparsity that the run has not raises `BadInput`."
-    for name, wanted, choices in (("method", methods, job.prune.methods),
-                                  ("sparsity", sparsities, job.prune.sparsities)):
-        for value in wanted or (): check_choice(str(value), map(str, choices), f"{name} of the run")
-    if methods is not None: job = changed(job, methods=tuple(methods))
-    return job if sparsities is None else changed(job, sparsities=tuple(sparsities))
-
 # %% ../../nbs/jobs/07_results.ipynb #r020
 def same_job(kept: dict, part: tuple[Sequence[str] | None, Sequence[float] | None], places: dict[str, str]) -> Job:
     "Rebuild a run's job; chains without their file raise `BadInput`."
@@ -439,7 +421,12 @@ def same_job(kept: dict, part: tuple[Sequence[str] | None, Sequence[float] | Non
     if "calibrate_on" in places and kept["calibration"].get("on") != "chains":
         raise BadInput("--calibrate-on was given, and the run was not calibrated on chains: expected no file of them; "
                        "leave it out.")
-    return changed(narrowed(job_of(kept), *part), **places)
+    job = job_of(kept)
+    for what, name, wanted in zip(("method", "sparsity"), ("methods", "sparsities"), part):
+        if wanted is None: continue
+        for value in wanted: check_choice(str(value), map(str, getattr(job.prune, name)), f"{what} of the run")
+        job = changed(job, **{name: tuple(wanted)})
+    return changed(job, **places)
 
 # %% ../../nbs/jobs/07_results.ipynb #r021
 @validate_arguments

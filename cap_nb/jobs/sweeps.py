@@ -18,13 +18,14 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers, LOGGER_TYPE_TO_CLASS
 from tqdm.auto import tqdm
+from ..analysis import summary_rows
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import (
     alone_in, HALF_WRITTEN, read_checked, read_text, sha256_of_text, TRACKING, write_checked, write_text)
 from ..evaluation import Evaluation
 from .job import as_begun, check_job, Follow, prepare_loaded, run_job
 from .records import check_continues, FORMAT, GROWING, is_run, read_run, settings_of
-from .results import results_frame, summary_rows
+from .results import results_frame
 from .settings import changed, Job, values_of
 from ..models.loading import load_model
 
@@ -242,7 +243,8 @@ def tracked_settings(configuration: dict) -> dict[str, str | float | int | bool]
             for key, value in flat.items() if value is not None}
 
 def tracked_numbers(evaluation: Evaluation) -> dict[str, float]: # As in "cap/accuracy/arc" -> 71.5
-    numbers = {f"{evaluation.method}/{measure}/{task}": value for measure, task, value, *_ in summary_rows(evaluation)}
+    numbers = {f"{evaluation.method}/{measure}/{task}": value
+               for _, measure, task, value, *_ in summary_rows(evaluation)}
     return numbers | {f"{evaluation.method}/reached": evaluation.reached}
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c046

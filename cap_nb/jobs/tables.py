@@ -114,12 +114,8 @@ def table_csv(
     return flat.to_csv(lineterminator="\n")
 
 # %% ../../nbs/jobs/00_tables.ipynb #c006
-ESCAPED = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-ESCAPED |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
-
-def latex_text(text: str) -> str:
-    "Text with LaTeX's special characters escaped."
-    return "".join(ESCAPED.get(sign, sign) for sign in text)
+ESCAPED = str.maketrans({"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+                        | {sign: f"\\{sign}" for sign in "&%$#_{}"}) # LaTeX's special characters
 
 def table_latex(table: pd.DataFrame, provenance: Mapping | None = None) -> str:
     "Table 1 in LaTeX, intervals in small type; a line separates one sparsity from the next; comments name its origin."
@@ -128,11 +124,11 @@ def table_latex(table: pd.DataFrame, provenance: Mapping | None = None) -> str:
     for row in rows:
         if row[1] != before: lines.append(r"\midrule")
         before = row[1]
-        small = [re.sub(r"(\S+) (\[.*\])", r"\1 {\\scriptsize \2}", latex_text(cell)) for cell in row]
+        small = [re.sub(r"(\S+) (\[.*\])", r"\1 {\\scriptsize \2}", cell.translate(ESCAPED)) for cell in row]
         lines.append(" & ".join(small) + r" \\")
     notes = [f"% {note}" for note in table_notes(table, provenance, fingerprints=True)]
     top = [r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}", r"\toprule"]
-    names = [" & ".join(map(latex_text, header)) + r" \\", r"\midrule"]
+    names = [" & ".join(name.translate(ESCAPED) for name in header) + r" \\", r"\midrule"]
     return "\n".join([*notes, *top, *names, *lines, r"\bottomrule", r"\end{tabular}", ""])
 
 # %% ../../nbs/jobs/00_tables.ipynb #c402d67e

@@ -16,7 +16,7 @@ from cap_nb.data.prompts import IGNORED, collate, Example, token_batches
 from cap_nb.models.interventions import changed_input, changed_output, watching
 from cap_nb.models.replay import (
     at_positions, can_be_cut, cut_call, first_of, HeadOutputs, keys_and_values, LayerCall, Prefix, PrefixCache,
-    read_after_prefix, read_prefix, recorded_calls, recorded_heads, repeated, replayed_heads, run_layer, StoredKeys)
+    read_after_prefix, read_prefix, recorded_calls, recorded_heads, repeated, replayed_heads, run_layer, stored_keys)
 from cap_nb.models.anatomy import (
     anatomy, Anatomy, decoded, decoder_layers, dimensions, final_norm, head_logits, output_projection)
 from cap_nb.scoring import head_losses, HeadLosses, mean_by_example, token_counts
@@ -130,7 +130,7 @@ def last_layer_at_targets(model: nn.Module, hidden: torch.Tensor, call: LayerCal
     "The last layer, at target positions only where that is possible; without keys where its heads are recorded."
     layer = decoder_layers(model)[-1]
     if targets.call is None: return at_positions(run_layer(layer, hidden, call, cache), 1, targets.positions)
-    held = StoredKeys(keys_and_values(layer, hidden, call, cache)) if keys else None
+    held = stored_keys(keys_and_values(layer, hidden, call, cache)) if keys else None
     return run_layer(layer, at_positions(hidden, 1, targets.positions), targets.call, held)
 
 def measured_at_targets(model: nn.Module, hidden: torch.Tensor, targets: Targets) -> torch.Tensor: # Float64 [M*B]

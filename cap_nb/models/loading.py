@@ -49,12 +49,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 WORTHWHILE = 1.25 # How many times as fast bfloat16 must be to be chosen
 
 @lru_cache
-def bfloat16_gain(device: torch.device, size: int | None = None, rounds: int = 7) -> float:
+def bfloat16_gain(device: torch.device) -> float:
     "Try both dtypes, once for each device in a process; on a GPU with matrices so large that starting takes less."
-    size = size or (512 if module_of(device) is None else 4096)
+    size = 512 if module_of(device) is None else 4096
     squares = {dtype: torch.ones(size, size, dtype=dtype, device=device) for dtype in (torch.float32, torch.bfloat16)}
     fastest = dict.fromkeys(squares, float("inf"))
-    for dtype in list(squares) * (1 + rounds): # the first of each warms up, and is no faster than those that follow
+    for dtype in list(squares) * 8: # the first of each warms up, and is no faster than those that follow
         start = time.perf_counter()
         (squares[dtype] @ squares[dtype])[0, 0].item() # waits for the device
         fastest[dtype] = min(fastest[dtype], time.perf_counter() - start)

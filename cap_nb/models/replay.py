@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from unittest.mock import patch
 import torch
 from torch import nn
@@ -183,33 +184,20 @@ def repeated(call: LayerCall, times: int) -> LayerCall:
 class KeysPassed(Exception):
     "A layer has passed its keys and values to the cache: what would follow is not wanted."
 
-@dataclass
-class CatchKeys:
-    "A cache that ends the call as soon as it has the keys and values."
-    prefix: PrefixCache | None = None # The shared prefix
-    kept: tuple[torch.Tensor, torch.Tensor] | None = None # Keys and values of all positions
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: object, **kwargs: object) -> None:
-        "Keep keys and values, [B, G, T, d] each, those of the prefix before them, and end the call."
-        self.kept = self.prefix.update(keys, values, layer) if self.prefix else (keys, values)
-        raise KeysPassed
-
-@dataclass(frozen=True)
-class StoredKeys:
-    "A cache that knows all keys and values already."
-    kept: tuple[torch.Tensor, torch.Tensor] # Keys and values of all positions, [B, G, P + T, d] each
-
-    def update(self, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
-        "What is known, whatever the layer passes."
-        return self.kept
+def stored_keys(kept: tuple[torch.Tensor, torch.Tensor]) -> SimpleNamespace:
+    "A cache that knows all keys and values already, [B, G, P + T, d] each, whatever the layer passes."
+    return SimpleNamespace(update=lambda *args, **kwargs: kept)
 
 def keys_and_values(layer: nn.Module, hidden: torch.Tensor, call: LayerCall,
                     prefix: PrefixCache | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     "The keys and values of a layer, without the rest of its work."
-    catch = CatchKeys(prefix)
+    found = []
+    def update(keys: torch.Tensor, values: torch.Tensor, index: int, *args: object, **kwargs: object) -> None:
+        found[:] = prefix.update(keys, values, index) if prefix else (keys, values)
+        raise KeysPassed
     try:
-        if call.cache: run_layer(layer, hidden, call, catch)
-    except KeysPassed: return catch.kept
+        if call.cache: run_layer(layer, hidden, call, SimpleNamespace(update=update))
+    except KeysPassed: return tuple(found)
     raise BadInput(f"{type(layer).__name__} has passed no keys to its cache: "
                    f"expected it to; score without the short last layer.")
 
