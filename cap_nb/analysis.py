@@ -33,6 +33,7 @@ def records_from(rows: Iterable[dict]) -> tuple[dict[str, Evaluation], dict[str,
 
 # %% ../nbs/06_analysis.ipynb #c009
 import math
+from collections import namedtuple
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -68,19 +69,21 @@ def answers_title(task: str, samples: int) -> str: # As in "GSM8K", or "GSM8K pa
     "What an accuracy is called: by its task, and with how many drawn answers to each problem."
     return task_title(task) if samples == 1 else f"{task_title(task)} pass@1, k = {samples}"
 
-def summary_rows(evaluation: Evaluation) -> Iterator[tuple]: # Column, measure, task, value, low, high, unit, n
+SummaryRow = namedtuple("SummaryRow", "column measure task value low high unit n") # A number, and what it is called
+
+def summary_rows(evaluation: Evaluation) -> Iterator[SummaryRow]:
     "Each number of one row of Table 1."
     for s in summarise_answers(evaluation.answers):
-        yield (answers_title(s.task, s.samples), "accuracy", s.task, 100 * s.accuracy, 100 * s.low, 100 * s.high,
-               "per cent", s.n)
+        yield SummaryRow(answers_title(s.task, s.samples), "accuracy", s.task, 100 * s.accuracy, 100 * s.low,
+                         100 * s.high, "per cent", s.n)
     for s in summarise_losses(evaluation.losses):
-        yield f"{task_title(s.task)} loss", "loss", s.task, s.loss, s.low, s.high, "nats", s.n
+        yield SummaryRow(f"{task_title(s.task)} loss", "loss", s.task, s.loss, s.low, s.high, "nats", s.n)
     for s in summarise_choices(evaluation.choices):
-        yield (f"{task_title(s.task)} {s.measure}", s.measure, s.task, 100 * s.value, 100 * s.low, 100 * s.high,
-               "per cent", s.n)
+        yield SummaryRow(f"{task_title(s.task)} {s.measure}", s.measure, s.task, 100 * s.value, 100 * s.low,
+                         100 * s.high, "per cent", s.n)
     if text := evaluation.perplexity:
         name = f"{TEXT_TITLES.get(text.text, text.text)} perplexity"
-        yield name, "perplexity", text.text, text.value, text.low, text.high, "1", text.windows
+        yield SummaryRow(name, "perplexity", text.text, text.value, text.low, text.high, "1", text.windows)
 
 # %% ../nbs/06_analysis.ipynb #36594ce3
 def by_cell(evaluations: Iterable[Evaluation]) -> dict[tuple[str, float], Evaluation]:
@@ -107,7 +110,7 @@ def method_table(
                        "run 'cap run' or 'cap eval' first.")
     by_cell(rows) # two for one row are refused
     titles = [task_title(task) for task in TASKS]
-    cells = [{column: (*ends, n) for column, _, _, *ends, _, n in summary_rows(row)} for row in rows]
+    cells = [{s.column: (s.value, s.low, s.high, s.n) for s in summary_rows(row)} for row in rows]
     order = [*titles, *(f"{title} loss" for title in titles)] # accuracies, losses, then what has no place in the paper
     def place(column):
         name = column.partition(" pass@1")[0]

@@ -207,7 +207,7 @@ def score_interval(
     seed: int = 0, # Seed of the draws
     confidence: float = 0.95, # Share of the draws inside the interval
 ) -> tuple[torch.Tensor, torch.Tensor]: # Lower and upper bound of every score, float64 [L, H] each
-    "Percentile bootstrap intervals of the causal scores (Efron 1979); a subset of one example raises `BadInput`."
+    "Bootstrap intervals of the scores (Efron 1979); `BadInput`: unknown aggregation, a subset of one example."
     weight = pooling_weight(losses, how)
     check_confidence(confidence), check_at_least(draws, 1, "draws", 10**6), check_seed(seed)
     check_at_least(int(losses.subset.bincount().min()), 2, "The number of examples of the smallest subset")
@@ -259,7 +259,7 @@ def plot_score_intervals(
     losses: HeadLosses, # A table of losses
     how: str = "paper", # One of `AGGREGATIONS`
 ) -> Figure: # Heads from left to right, layer after layer
-    "Causal scores with 95 % bootstrap intervals (paper equation 2); an unknown aggregation raises `BadInput`."
+    "Causal scores with 95 % bootstrap intervals (paper equation 2); raises as `score_interval` does."
     layers, heads, _ = losses.masked.shape
     numbers = [values.flatten().numpy() for values in (causal_scores(losses, how), *score_interval(losses, how))]
     groups = [f"layer {layer}" for layer in range(layers) for _ in range(heads)]

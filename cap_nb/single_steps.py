@@ -32,7 +32,8 @@ from .importance import importance_factors
 from .jobs.chains import Answering, kept_examples, own_chains, task_counts, too_few
 from .jobs.job import (
     chains_of, check_job, check_problems, check_screening, check_windows_fit, evaluate,
-    evaluation_data, filled_in, job_calibration, model_configuration, Ready, spared_problems, targets_configuration)
+    evaluation_data, filled_in, job_calibration, model_configuration, never_drawn, Ready, spared_problems,
+    targets_configuration)
 from .jobs.planning import plan, plan_text
 from .jobs.records import environment, load_evaluation, save_evaluation
 from .jobs.settings import (
@@ -431,7 +432,10 @@ BENCHED = 50 # Problems of each task that are answered before and after, or as m
 
 def benched(job: Job, model: str, out: Path) -> Evaluation: # What it answered; read where it is there
     where = {"data_dir": job.calibrate.data_dir, "split": job.evaluate.evaluate_on}
-    count = min([BENCHED, *(len(evaluation_problems(task, **where)) for task in job.evaluate.accuracy_tasks)])
+    def size(task):
+        left_out = never_drawn(task, where["split"], where["data_dir"])
+        return len(evaluation_problems(task, exclude=left_out, **where))
+    count = min([BENCHED, *map(size, job.evaluate.accuracy_tasks)])
     asked = changed(job, name=model, calibrate_on="gold", chain_rule="right", evaluate_n=count, text_share=0.0,
                     text_tokens=CalibrateSettings.text_tokens, calibration_text=None)
     if not out.exists(): evaluate_alone(changed(asked, loss_n=0, windows=0), out=out)
@@ -456,8 +460,8 @@ def recipe_into(job: Job, pruning: SinglePruning, tuning: FineTuning | None,
             if not made.exists(): train_into(changed(job, name=str(out/"pruned")), tuning, made, job.model.name)
             write_card(made, force=True)
         after = benched(job, str(made), out/"after")
-    if (before.method, before.sparsity) == (after.method, after.sparsity): # a recipe's own model is its input
-        before = replace(before, method=f"{before.method}, before")
+    if (before.method, before.sparsity) == (after.method, after.sparsity): # where a recipe's own result is its input
+        after = replace(after, method=f"{after.method}, after")
     lines = [*lines, f"{made}: the model, with its card; load it in transformers, or with --model {made}."]
     return lines, [before, after]
 

@@ -22,7 +22,7 @@ FIRST = {f"test_{name}.py" for name in ("devices", "teaching", "hub", "install",
 
 
 def pytest_collection_modifyitems(items):
-    """Files whose fixtures take seconds come first: what an idle process takes over from another lies at the end, and would make them anew."""
+    """Files whose fixtures take seconds come first: an idle process takes over tests from the end, and would have to make such a fixture again."""
     items.sort(key=lambda item: item.path.name not in FIRST)
 
 

@@ -51,7 +51,7 @@ def blank_pictures():
 
 @contextmanager
 def small_pictures():
-    """A cell's picture is drawn for a screen of twice the resolution; where nobody looks, a fifth of it shows as well that it can be drawn."""
+    """A cell's picture is drawn for a screen of twice the resolution; where nobody looks, a fifth of it is enough to see that it can be drawn."""
     draw = pylabtools.print_figure
     with patch.object(pylabtools, "print_figure", lambda *given, **how: draw(*given, **how | {"dpi": 40})):
         yield

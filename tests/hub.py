@@ -69,8 +69,15 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
-    def listen(self, place):
-        self.server = ThreadingHTTPServer(place, type("HubHandler", (Handler,), {"hub": self}))
+    def listen(self, place, tries=20):
+        """Another process may hold the port of a hub that was gone, but for a moment only."""
+        try:
+            self.server = ThreadingHTTPServer(place, type("HubHandler", (Handler,), {"hub": self}))
+        except OSError:
+            if not tries:
+                raise
+            time.sleep(0.1)
+            return self.listen(place, tries - 1)
         self.server.daemon_threads = True
 
     @contextmanager

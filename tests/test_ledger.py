@@ -2,12 +2,14 @@
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.experiments.claims import (
-    CLAIMS, MEASURES, ModelRecords, answered_by_both, answers_of_dense, neuron_cells, seed_runs, studies_of, study_gains)
+    CLAIMS, MEASURES, ModelRecords, answered_by_both, answers_of_dense, gain_comparison, neuron_cells, seed_runs, studies_of, study_gains)
+from cap_nb.experiments.variants import only_examples
 from cap_nb.jobs.records import load_run, read_run
 from conftest import ROOT
 
@@ -109,3 +111,25 @@ def test_the_dense_model_s_answers_are_those_of_this_model():
     assert kept.value == pytest.approx(22 / 50) and kept.n == 200 and kept.high < 2 / 3
     with pytest.raises(BadInput, match="problems were not put to the pruned one"):
         answered_by_both(cells["alps", 0.5].answers, dense)
+
+
+def test_several_answers_to_a_problem_count_as_one():
+    """The share of a problem's answers that is right, in pairs and in a margin, whose interval holds its own value."""
+    one = replace(load_run(QWEN / "solvers").evaluations[-1].answers[0], lenient_correct=True)
+    four = [replace(one, uid=str(problem), sample=sample, lenient_correct=sample < 3) for problem in range(5) for sample in range(4)]
+    dense = [replace(one, uid=str(problem)) for problem in range(5)]
+    assert answered_by_both(dense, four).tolist() == [[0.75, 1.0]] * 5
+    with pytest.raises(BadInput, match="5 of the dense model's 5 problems"):
+        answered_by_both([replace(answer, task="gsm8k_fresh") for answer in dense], four)
+    margin = gain_comparison(np.array([25.0, 25.0, 25.0, -50.0] * 10), "points", 0.95, test=False)
+    assert margin.low < margin.value < margin.high and margin.value == 6.25
+
+
+def test_what_a_table_of_losses_cannot_say_is_not_measured():
+    """One task alone with windows of text beside it, and too few examples for blocks."""
+    losses = load_run(FIGURES / "lab").losses
+    alone = only_examples(losses, [i for i, task in enumerate(losses.task) if task == "lab-gsm8k"])
+    few = replace(only_examples(alone, range(6)), task=("lab-gsm8k",) * 3 + ("text",) * 3)
+    for measure, on in (("agreement of tasks", {}), ("agreement", {"of": "blocks"})):
+        assert asked(measure, ModelRecords("lab", {}, losses=few), **on) is None
+    assert asked("agreement of tasks", ModelRecords("lab", {}, losses=losses), first="gsm8k", second="arc").value < 1

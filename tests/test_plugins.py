@@ -16,6 +16,7 @@ from cap_nb.methods.criteria import CRITERIA, OTHER_NAMES
 from cap_nb.jobs.plugins import plugins_loaded
 from cap_nb.jobs.records import read_run
 from cap_nb.methods.prune import ALLOCATIONS, OTHERS
+from cap_nb.models.choices import has_options
 from cap_nb.models.loading import load_model, save_model
 from cap_nb.portable.sharing import read_record
 
@@ -213,3 +214,14 @@ def test_help_says_that_the_file_is_executed():
     for command in typer.main.get_command(app).commands:
         said = re.sub(r"[\s│]+", " ", CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).stdout)
         assert ("--plugin" in said and "which is executed" in said) == (command not in without), said
+
+
+def test_a_task_of_ones_own_with_choices_is_weighed(tmp_path):
+    """Where every answer names a choice; where one does not, the options are not what an answer is."""
+    records = [{"question": f"Which is {n}?", "choices": [str(n), str(n + 1)], "answer": "AB"[n % 2]} for n in range(40)]
+    for name, changed in (("picks", {}), ("says", {"answer": "C"})):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record | changed) + "\n" for record in records))
+    (tmp_path / "my.py").write_text("".join(f"from cap_nb.jobs.plugins import add_task\nadd_task('{name}', '{name}.jsonl', answer='[A-C]', prompt='{{question}} {{choices}}')\n"
+                                            for name in ("picks", "says")))
+    with plugins_loaded((tmp_path / "my.py",)):
+        assert [has_options(task) for task in ("picks", "says", "arc", "lab-arc", "gsm8k", "lab-gsm8k")] == [True, False, True, True, False, False]

@@ -173,6 +173,7 @@ def test_validation_never_reaches_them_and_a_run_that_answers_them_leaves_them_o
     fresh = {problem.uid for problem in load_problems(FRESH, "evaluation", DATA)}
     assert not fresh & {problem.uid for problem in evaluation_problems("gsm8k", 6000, 0, DATA, split="validation")}
     job = changed(Job(), data_dir=str(DATA), tasks=("gsm8k",), accuracy_tasks=(FRESH, "svamp"), n=200)
+    assert not fresh & {problem.uid for problem in drawn_problems(changed(job, evaluate_on="validation", seed=1), "gsm8k", 6000, frozenset())}
     assert spared_problems(job) == fresh and not spared_problems(changed(job, accuracy_tasks=("gsm8k",)))
     assert spared_problems(changed(job, accuracy_tasks=("gsm8k",), spare=(FRESH,))) == fresh
     assert {problem.uid for problem in drawn_problems(job, FRESH, 1000, frozenset({"other"}))} == fresh
@@ -267,5 +268,7 @@ def test_the_judged_repair_is_the_one_that_its_plan_commands():
     assert kept["calibration_tokens"] == int(options["calibration-tokens"]) and {name: kept[name] for name in asked} == asked
     verdicts = judged(family, run, "alps")
     assert list(verdicts) == family.keys("alps") and {c.n for c in verdicts.values()} == {500}
-    before, again = (next(e.answers for e in each.evaluations if e.method == "dense") for each in (first, run))
-    assert before == again
+    before = next(e.answers for e in first.evaluations if e.method == "dense")
+    asked = [(a.task, a.uid, a.prompt_sha256) for a in before]
+    assert run.configuration["model"] == first.configuration["model"]
+    assert all([(a.task, a.uid, a.prompt_sha256) for a in e.answers] == asked for e in run.evaluations), "the same problems in the same words"

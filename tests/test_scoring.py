@@ -243,6 +243,14 @@ def test_every_saving_gives_the_losses_of_the_hook_loop(family, prefix, attentio
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_heads_may_be_named_in_any_kind_of_list():
+    model, calibration = tiny_llama(), with_prefix(0)
+    wanted = score_heads(model, calibration, heads=[(0, 1), (2, 3)]).masked
+    for heads in ([[0, 1], [2, 3]], ((0, 1), (2, 3))):
+        assert torch.equal(score_heads(model, calibration, heads=heads).masked.isnan(), wanted.isnan())
+    assert (~wanted.isnan()).any(-1).sum() == 2
+
+
 def test_a_different_batch_or_head_count_never_reads_units_of_another(tmp_path):
     model, calibration = tiny_llama(), with_prefix(0)
     for options in (dict(batch_tokens=60), dict(batch_tokens=30), dict(batch_tokens=60, heads_at_once=3)):

@@ -255,12 +255,12 @@ def gain_comparison(gains: np.ndarray, unit: str, confidence: float, test: bool 
     if gains.ndim > 1 and len(gains) > 1: return split_variance(gains, confidence).comparison(unit)
     gains = gains.reshape(-1)
     mean, n = gains.mean(), len(gains)
-    # of several answers a share is right; a difference of differences may be 200
     answers = {*np.abs(gains)} <= {0.0, 100.0}
     if not test and answers and unit == "points":
         return number(mean, cautious_interval(gains, confidence), unit, n, fewest=1)
     interval = bootstrap_interval(gains, 0, confidence)
     if not test: return number(mean, interval, unit, n)
+    # of several answers a share is right, and a difference of differences may be 200: neither is yes or no
     p = mcnemar_exact(int((gains > 0).sum()), int((gains < 0).sum())) if answers else sign_flip_test(gains)
     return number(mean, interval, unit, n, p)
 
@@ -368,13 +368,15 @@ def over_examples(statistic: Callable[..., float], unit: str, draws: int = 500) 
     "A number of the table of losses, with a percentile bootstrap over the calibration examples of each task."
     def measure(case: Claim, records: ModelRecords, confidence: float) -> Comparison | None:
         if (losses := records.losses) is None: return None
+        try: value = statistic(losses, case.first, case.second)
+        except BadInput: return None # not measured: the table has no examples of a task
         task, rng, drawn = np.array(losses.task), np.random.default_rng(0), []
         tasks = [np.flatnonzero(task == t) for t in sorted(set(losses.task))]
         for _ in range(draws): # within strata of two examples half of the variance would be missing
             again = [rng.choice(indices, len(indices)) for indices in tasks]
             drawn.append(statistic(only_examples(losses, np.concatenate(again).tolist()), case.first, case.second))
         interval = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-        return number(statistic(losses, case.first, case.second), interval, unit, len(losses.intact))
+        return number(value, interval, unit, len(losses.intact))
     return measure
 
 MEASURES |= {
@@ -405,7 +407,8 @@ def jackknife(sets: Sequence, statistic: Callable[[Sequence], float], confidence
 def over_sets(statistic: Callable[[Sequence[HeadLosses], Claim], float]) -> Measure:
     "A rank correlation of several calibration sets: the seeds', or disjoint blocks of the one table."
     def measure(case: Claim, records: ModelRecords, confidence: float) -> Comparison | None:
-        blocks = blocks_of(records.losses) if records.losses and case.of == "blocks" else ()
+        table = records.losses if case.of == "blocks" else None
+        blocks = blocks_of(table) if table and len(table.intact) >= BLOCKS * FEWEST_EXAMPLES else ()
         sets = tuple(records.seed_losses.values()) if case.of == "seeds" else blocks
         if len(sets) < 3 or min(len(losses.intact) for losses in sets) < FEWEST_EXAMPLES: return None
         value, *interval = jackknife(sets, lambda sets: statistic(sets, case), confidence)
@@ -583,8 +586,8 @@ from functools import lru_cache
 
 def answered_by_both(dense: Sequence[AnswerRecord], pruned: Sequence[AnswerRecord]) -> np.ndarray:
     "The dense model's problems; one that the pruned model was not asked, or in other words, raises `BadInput`."
-    asked = {(answer.uid, answer.prompt_sha256) for answer in pruned}
-    missing = [answer for answer in dense if (answer.uid, answer.prompt_sha256) not in asked]
+    asked = {(answer.task, answer.uid, answer.prompt_sha256) for answer in pruned}
+    missing = [answer for answer in dense if (answer.task, answer.uid, answer.prompt_sha256) not in asked]
     if missing:
         raise BadInput(f"{len(missing)} of the dense model's {len(dense)} problems were not put to the pruned one in "
                        "the same words: expected all of them; answer the same problems in one prompt style.")

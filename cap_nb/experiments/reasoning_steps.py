@@ -222,7 +222,8 @@ def rounding_room(side: Side, about: bool) -> Fraction: # A difference must stay
     "One unit of the last written place of a decimal number that stands alone; of a whole number only after ≈."
     digits = side.said.replace(",", "").rstrip(".…")
     if "." in digits: room = Fraction(1, 10 ** len(digits.partition(".")[2]))
-    else: room = Fraction(10 ** (len(digits) - len(digits.rstrip("0")))) if about and digits.isdigit() else Fraction(0)
+    elif about and digits.isdigit(): room = Fraction(10 ** (len(digits) - len(digits.rstrip("0") or "0")))
+    else: room = Fraction(0)
     return room / 100 if side.percent else room
 
 def sides_agree(left: Side, right: Side, about: bool, cents: bool) -> bool: # Whether they are equal, up to rounding

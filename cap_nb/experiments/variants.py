@@ -95,7 +95,7 @@ def only_examples(losses: HeadLosses, indices: Sequence[int]) -> HeadLosses: # T
 
 def losses_of_task(losses: HeadLosses, family: str) -> HeadLosses: # The same with this benchmark's examples only
     "One task of a table; one that is not in it raises `BadInput`."
-    indices = [index for index, task in enumerate(losses.task) if task_family(task) == family]
+    indices = [index for index, task in enumerate(losses.task) if task in TASKS and task_family(task) == family]
     if not indices:
         raise BadInput(f"The table of losses has no examples of {family}: expected some; it holds "
                        f"{', '.join(sorted(set(losses.task)))}.")
@@ -169,7 +169,7 @@ def answers_to(ready: Ready, examples: Sequence[Example]) -> list[AnswerRecord]:
 
 def calibration_answers(ready: Ready, folder: Path) -> tuple[AnswerRecord, ...]: # One record a calibration problem
     "The dense model's answers to the calibration problems, generated only if they are not there."
-    path, examples = folder/"chains"/"answers", ready.calibration.examples
+    path, examples = folder/"chains"/"answers", [e for e in ready.calibration.examples if e.task in TASKS] # no text
     if not path.exists():
         with timed(folder, "chains"):
             records = [record for task in dict.fromkeys(example.task for example in examples)
@@ -234,7 +234,8 @@ def check_variants(ready: Ready, names: Sequence[str], sources: Sources) -> None
         alone = variant.weighting not in (None, "even")
         stratum = [each for each, e in zip(ready.calibration.stratum, ready.calibration.examples)
                    if not alone or e.task in TASKS and task_family(e.task) == variant.weighting]
-        deal_subsets(stratum, variant.k or ready.calibration.k)
+        try: deal_subsets(stratum, variant.k or ready.calibration.k)
+        except BadInput as error: raise BadInput(f"Variant {name}: {error}") from None
     if any(VARIANTS[name].table == "text" for name in names): text_set(ready, sources)
 
 def variant_table(ready: Ready, folder: Path, which: str, sources: Sources) -> Table | None:

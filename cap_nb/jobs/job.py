@@ -150,8 +150,8 @@ def choice_tasks(job: Job) -> tuple[str, ...]:
     "The tasks of a job whose options are weighed; options that no task has raise `BadInput`."
     if not job.evaluate.choice_n: return ()
     if tasks := tuple(filter(has_options, job.calibrate.tasks)): return tasks
-    raise BadInput(f"--choice-n was given, and none of {', '.join(job.calibrate.tasks)} has options: expected arc or "
-                   "strategyqa among --tasks; name one, or leave --choice-n out.")
+    raise BadInput(f"--choice-n was given, and none of {', '.join(job.calibrate.tasks)} has options: expected arc, "
+                   "strategyqa or a task of your own with choices among --tasks; name one, or leave --choice-n out.")
 
 def pieces_of(job: Job) -> tuple[Piece, ...]: # In the order in which they are measured
     "The pieces that every cell of a job is measured in."
@@ -171,6 +171,10 @@ def uids_of(task: str, data_dir: str | None) -> frozenset[str]: # Content hashes
     "The problems that a task is evaluated on."
     return frozenset(problem.uid for problem in load_problems(task, "evaluation", data_dir))
 
+def never_drawn(task: str, split: str, data_dir: str | None) -> frozenset[str]: # Content hashes
+    "What no job is measured on in a split: nothing is chosen on the problems of GSM8K that are set aside to judge on."
+    return uids_of(FRESH, data_dir) if (task, split) == ("gsm8k", "validation") else frozenset()
+
 def spared_problems(job: Job) -> frozenset[str]: # Content hashes
     "What a job does not calibrate on: the tasks that it spares, and problems set aside that it answers."
     answered = {FRESH} & set(job.evaluate.accuracy_tasks or ())
@@ -182,7 +186,7 @@ def drawn_problems(job: Job, task: str, n: int, exclude: frozenset[str]) -> tupl
         raise BadInput(f"{len(calibrated)} problems of the calibration set are among those that {FRESH} sets aside to "
                        f"judge on: expected none; calibrate with --spare {FRESH}.")
     data, split = job.calibrate, job.evaluate.evaluate_on
-    if (task, split) == ("gsm8k", "validation"): exclude = exclude | uids_of(FRESH, data.data_dir) # judged on elsewhere
+    exclude = frozenset((*exclude, *never_drawn(task, split, data.data_dir)))
     return evaluation_problems(task, n, data.seed, data.data_dir, exclude, split)
 
 def shown_examples(job: Job, task: str, problems: Sequence[Problem]) -> tuple[Problem, ...]:
@@ -367,7 +371,8 @@ def prepare_loaded(job: Job, model: nn.Module, tokenizer: object) -> Ready:
         raise BadInput("Nothing is to be measured: expected answers, losses or a perplexity; raise --loss-n or "
                        "--windows, or name tasks.")
     calibration = job_calibration(job, tokenizer)
-    check_length(model, max(len(example.input_ids) for example in calibration.examples))
+    if any(needs_of(parse_method(method)) for method in job.prune.methods): # for magnitude alone it is drawn, not read
+        check_length(model, max(len(example.input_ids) for example in calibration.examples))
     check_text_unseen(job, calibration)
     check_problems(job, model, tokenizer, calibrated_on(calibration), calibration)
     warn_of_zeros(*zeros_of(model))
@@ -464,7 +469,7 @@ def factors_by_method(ready: Ready, folder: Path, store: Path | None) -> dict[st
     return {method: factors[name] for method, name in attributions.items()}
 
 # %% ../../nbs/jobs/03_job.ipynb #c056
-def copied_weights(model: nn.Module) -> dict[str, torch.Tensor]: # Name of a layers' parameter -> copy in main memory
+def copied_weights(model: nn.Module) -> dict[str, torch.Tensor]: # Name of a parameter of the layers -> its copy
     return {name: each.detach().to("cpu", copy=True) for name, each in decoder_layers(model).named_parameters()}
 
 @torch.no_grad()

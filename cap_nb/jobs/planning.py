@@ -264,7 +264,7 @@ def window_width(sizes: Sizes, job: Job) -> int:
 def reading_work(sizes: Sizes, job: Job, lengths: Sequence[ExampleLength]) -> np.ndarray:
     "Held-out problems, as long as the calibration examples, and windows of text; all through the output head."
     width, windows = window_width(sizes, job), job.evaluate.windows
-    weighed = job.evaluate.choice_n * sum(map(has_options, job.calibrate.tasks))
+    weighed = job.evaluate.choice_n and job.evaluate.choice_n * sum(map(has_options, job.calibrate.tasks))
     held_out = (job.evaluate.loss_n * len(job.calibrate.tasks) + weighed) / len(lengths) # passes over as many examples
     losses = held_out * one_pass(batch_shapes(lengths, job.model.batch_tokens))
     return with_head(losses, losses[TOKENS]) + (windows, windows * width, windows * width**2, windows * width)

@@ -463,7 +463,7 @@ def packed_records(path: Path) -> Records: # What the run recorded
 
 # %% ../../nbs/jobs/00_records.ipynb #c074
 def records_of(folder: str | Path) -> Records: # What it recorded
-    "The records of a run, live or packed, whose checksum `read_run` has looked at."
+    "The records of a run, live or packed; call `read_run` first, which looks at the checksum."
     folder = Path(folder)
     return packed_records(folder/PACKED) if (folder/PACKED).exists() else live_records(folder)
 

@@ -243,8 +243,7 @@ def tracked_settings(configuration: dict) -> dict[str, str | float | int | bool]
             for key, value in flat.items() if value is not None}
 
 def tracked_numbers(evaluation: Evaluation) -> dict[str, float]: # As in "cap/accuracy/arc" -> 71.5
-    numbers = {f"{evaluation.method}/{measure}/{task}": value
-               for _, measure, task, value, *_ in summary_rows(evaluation)}
+    numbers = {f"{evaluation.method}/{s.measure}/{s.task}": s.value for s in summary_rows(evaluation)}
     return numbers | {f"{evaluation.method}/reached": evaluation.reached}
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c046

@@ -22,7 +22,7 @@ from cap_nb.methods.selection import (
     CAP, check_pattern, check_pattern_fits, competing, Criterion, Evidence, MAGNITUDE, Measurements, pattern_of,
     zero_within)
 from cap_nb.methods.wanda import (
-    input_norms, regional_gradients, RGS, slopes_of, takes_regional, uniform_shares, WANDA, wanda_score,
+    input_norms, regional_gradients, RGS, slopes_of, uniform_shares, WANDA, wanda_score,
     wanting_gradients, zero_layer_by_layer, zero_shares_within)
 from cap_nb.models.anatomy import projections
 from cap_nb.regions import as_factors, Factors, region_factors
@@ -145,9 +145,8 @@ def path_gradients(model: nn.Module, calibration: Calibration, batch_tokens: int
 def dense_regional_gradients(model: nn.Module, calibration: Calibration,
                              batch_tokens: int = 4096) -> dict[str, torch.Tensor]: # float32 [out, in]
     "The regional gradients of the model as it is (Yang et al. 2025, without their layer-by-layer order)."
-    found = {}
-    for step in layer_by_layer(model, calibration, min(1, batch_tokens), "gradients"): found |= regional_gradients(step)
-    return found
+    steps = layer_by_layer(model, calibration, min(1, batch_tokens), "gradients")
+    return {name: slope for step in steps for name, slope in regional_gradients(step).items()}
 
 MEASURES = {"gradient": loss_gradients, "path_gradient": path_gradients, "relevance": relevance_gradients,
             "regional_gradient": dense_regional_gradients}
@@ -160,10 +159,8 @@ def dense_norms(
     batch_tokens: int = 4096, # Padded tokens per batch
 ) -> dict[str, torch.Tensor]: # Module name -> root of (sum of squares over tokens / examples), float32 [in]
     "The input norms of every projection of the model as it is (Sun et al. 2024, without their layer-by-layer order)."
-    norms = {}
-    for step in layer_by_layer(model, calibration, batch_tokens, "norms", still=True):
-        norms |= input_norms(step, onwards=True)
-    return norms
+    steps = layer_by_layer(model, calibration, batch_tokens, "norms", still=True)
+    return {name: norm for step in steps for name, norm in input_norms(step, onwards=True).items()}
 
 # %% ../../nbs/methods/11_criteria.ipynb #17039b75
 @dataclass(frozen=True)
@@ -195,7 +192,7 @@ def measured_for(model: nn.Module, criterion: Criterion, inputs: Inputs, walking
     "Measure on the dense model what a criterion needs; in a walk norms and regional gradients come later."
     needs, data = criterion.needs, (inputs.calibration, inputs.batch_tokens)
     derivative = next((need for need in needs if need in DERIVATIVES), None)
-    if walking and takes_regional(criterion): derivative = None
+    if walking and "regional_gradient" in criterion.needs: derivative = None
     return Measurements(
         regions=region_factors(model, inputs.factors) if "factor" in needs else {},
         norms=dense_norms(model, *data) if "norm" in needs and not walking else {},

@@ -32,7 +32,7 @@ from cap_nb.methods.sparsegpt import (
     by_matrix, Hessians, LayerSolver, MatrixSolver, solve_layer_by_layer, sparsegpt_update)
 from cap_nb.methods.swaps import swapped_mask
 from cap_nb.methods.update import joint_update, updated_weight
-from cap_nb.methods.wanda import regional_gradients, takes_regional, zero_shares_within
+from cap_nb.methods.wanda import regional_gradients, zero_shares_within
 from cap_nb.models.anatomy import projections
 from cap_nb.models.loading import model_fingerprint
 from cap_nb.regions import as_factors, Factors, region_factors
@@ -304,7 +304,7 @@ def by_criterion(criterion: Criterion, measurements: Measurements, shares: dict[
     def solve(step: LayerStep, hessians: Hessians) -> None:
         norms = {name: (hessian.diagonal() / step.sequences).sqrt().float() for name, hessian in hessians.items()}
         measured = replace(measurements, norms=norms, hessians=hessians)
-        if takes_regional(criterion): measured = replace(measured, gradients=regional_gradients(step))
+        if "regional_gradient" in criterion.needs: measured = replace(measured, gradients=regional_gradients(step))
         zero_shares_within(step.projections, criterion, measured, shares, scope, ties)
     return solve
 
@@ -367,7 +367,7 @@ def prune_with_hessians(model: nn.Module, parts: MethodName, sparsity: float, in
     shares = projection_shares(model, sparsity, inputs, own_scope(parts))
     solver = layer_solver(model, parts, sparsity, inputs, shares)
     if steps: solver = recovering(model, solver, steps, pattern, inputs.seed)
-    one_by_one = parts.base in CRITERIA and takes_regional(CRITERIA[parts.base])
+    one_by_one = parts.base in CRITERIA and "regional_gradient" in CRITERIA[parts.base].needs
     tokens = 1 if one_by_one else inputs.batch_tokens
     if form: tokens = min(tokens, training_tokens(sum(len(each.input_ids) for each in inputs.calibration.examples)))
     walks_dense = form and not form.own # None: projections alone change, False: whole layers, True: with dense targets

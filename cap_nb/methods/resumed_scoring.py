@@ -260,7 +260,8 @@ def heads_by_layer(a: Anatomy, request: Request) -> tuple[tuple[int, ...], ...]:
         if not (0 <= layer < a.layers and 0 <= head < a.heads):
             raise BadInput(f"There is no head {head} of layer {layer}: expected {a.layers} layers of {a.heads} heads, "
                            f"counted from 0; check the list.")
-    return tuple(tuple(head for head in range(a.heads) if (layer, head) in request.heads) for layer in range(a.layers))
+    wanted = {(int(layer), int(head)) for layer, head in request.heads} # lists and arrays too
+    return tuple(tuple(head for head in range(a.heads) if (layer, head) in wanted) for layer in range(a.layers))
 
 @dataclass(frozen=True)
 class ScoringPlan:

@@ -41,17 +41,6 @@ from cap_nb.models.loading import (
 from cap_nb.regions import Factors, region_factors
 from cap_nb.threshold import PruneReport, report_of, zero_count
 
-# %% ../../nbs/methods/25_streaming.ipynb #c015
-def meta_model(folder: Path) -> nn.Module:
-    "Names and shapes from a configuration alone; an unknown family or a quantised checkpoint raises `BadInput`."
-    settings = SimpleNamespace(**{"model_type": None} | read_object(folder/"config.json"))
-    family_of(settings)
-    check_not_quantised(settings, str(folder))
-    config = config_of(folder)
-    model = on_meta(config, folder)
-    anatomy(model)
-    return model
-
 # %% ../../nbs/methods/25_streaming.ipynb #5b500762
 @dataclass(frozen=True)
 class Checkpoint:
@@ -104,7 +93,12 @@ def check_stored(checkpoint: Checkpoint, p: Projection) -> None:
 def open_checkpoint(folder: str | Path) -> Checkpoint:
     "Describe a checkpoint; weights in scope that are missing, of another shape or quantised raise `BadInput`."
     folder = Path(folder)
-    shards, tensors, model = shard_files(folder), checkpoint_tensors(folder), meta_model(folder)
+    shards, tensors = shard_files(folder), checkpoint_tensors(folder)
+    settings = SimpleNamespace(**{"model_type": None} | read_object(folder/"config.json"))
+    family_of(settings)
+    check_not_quantised(settings, str(folder))
+    model = on_meta(config_of(folder), folder)
+    anatomy(model)
     checkpoint = Checkpoint(folder=folder, model=model, shards=shards, held=held_in(model, tensors))
     for p in projections(model): check_stored(checkpoint, p)
     return checkpoint
@@ -256,8 +250,7 @@ THREADS, AHEAD = 3, 4 # Threads that read and compute; pieces that are worked on
 def in_order(pieces: Sequence[StoredRows], work: Callable[[StoredRows], Any],
              bar: tqdm) -> Iterator[tuple[StoredRows, Any]]:
     "Pieces with what is made of them in threads, in order; none is at work any more when the loop ends."
-    def without_gradients(piece: StoredRows) -> object: # a setting that each thread has for itself
-        with torch.no_grad(): return work(piece)
+    without_gradients = torch.no_grad()(work) # a setting that each thread has for itself
     with ThreadPoolExecutor(THREADS, "cap_nb-pieces") as pool:
         waiting = deque()
         try:

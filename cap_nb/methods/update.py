@@ -212,13 +212,6 @@ def joint_steps(layer: ScaledLayer, choose: Choose, settings: JointSettings,
         divided = dividing(layer, rho)
 
 # %% ../../nbs/methods/15_update.ipynb #513dad13
-def dividing_once(hessian: torch.Tensor, damping: float, once: MadeOnce) -> Dividing:
-    "Remember what a penalty took, for the next projection with as many inputs."
-    def dividing(layer: ScaledLayer, rho: float) -> Callable[[torch.Tensor], torch.Tensor]:
-        few = 4 * len(layer.weight) < len(layer.gram) # solved for, not inverted
-        return once.get(hessian, ("divided", damping, rho, few, layer.gram.dtype), lambda: dividing_by(layer, rho))
-    return dividing
-
 @torch.no_grad()
 def joint_update(
     weight: torch.Tensor, # Old weight, any float dtype [out, in]; not changed
@@ -234,7 +227,10 @@ def joint_update(
     layer, choose = scaled_layer(weight, hessian, damping, name), chooser(sparsity, pattern, settings.scope)
     mask = choose(layer.weight.abs())
     if not mask.any(): return weight.detach().clone(), mask
-    dividing = dividing_once(hessian, damping, once) if once else dividing_by
+    once = once or MadeOnce(most=0)
+    def dividing(layer, rho): # what a penalty took is remembered for the next projection with as many inputs
+        few = 4 * len(layer.weight) < len(layer.gram) # solved for, not inverted
+        return once.get(hessian, ("divided", damping, rho, few, layer.gram.dtype), lambda: dividing_by(layer, rho))
     for step in joint_steps(layer, choose, settings, dividing): pass
     new, _ = conjugate_gradients(layer, step.mask, step.weight, settings.steps, settings.tolerance)
     return restored(weight, layer, new, step.mask), step.mask

@@ -119,10 +119,6 @@ def regional_gradients(step: LayerStep) -> dict[str, torch.Tensor]: # Module nam
                 for p, slope in slopes_of(size, step.projections, retain_graph=True): totals[p.name] += slope ** 2
     return {name: (total / step.sequences).sqrt() for name, total in totals.items()}
 
-def takes_regional(criterion: Criterion) -> bool:
-    "Whether a criterion needs the gradients of each layer's own output."
-    return "regional_gradient" in criterion.needs
-
 def rgs_score(e: Evidence, alpha: float = 100.0) -> torch.Tensor: # [out, in]
     "Magnitude times the input's norm and the regional gradient (Yang et al. 2025, the score of Wanda++)."
     return e.weight.abs() * (alpha * e.gradient + e.norm)
@@ -146,7 +142,7 @@ def zero_layer_by_layer(model: nn.Module, calibration: Calibration, shares: dict
                         criterion: Criterion = WANDA, measured: Measurements = Measurements(), scope: str = "row",
                         ties: str = "exact", batch_tokens: int = 4096) -> None:
     "Prune layer after layer (Sun et al. 2024); holds the hidden states of all calibration tokens, [tokens, hidden]."
-    regional = takes_regional(criterion) # of single sequences, so that one backward pass is no longer than it need be
+    regional = "regional_gradient" in criterion.needs # of single sequences: no backward pass is longer than it need be
     for step in layer_by_layer(model, calibration, 1 if regional else batch_tokens, criterion.name):
         evidence = replace(measured, norms=input_norms(step))
         if regional: evidence = replace(evidence, gradients=regional_gradients(step))

@@ -49,8 +49,9 @@ def weighed(problem: Problem, options: Sequence[tuple[str, str]], log_probs: Seq
 def has_options(task: str) -> bool:
     "Whether the problems of a task have options."
     if task_family(task) in ("arc", "strategyqa"): return True
-    about = TASKS[task] # of a user's own task its first problem tells
-    return about.hub is None and not about.generated and bool(load_problems(task, "evaluation")[0].choices)
+    if TASKS[task].hub is not None: return False
+    problems = load_problems(task, "evaluation") # of a user's own task, whose answers may be something else
+    return all(problem.answer in dict(problem.choices) for problem in problems)
 
 def options_of(problem: Problem) -> tuple[tuple[str, str], ...]: # (name, text) of each
     "The options of a problem; one that has none raises `BadInput`."

@@ -182,20 +182,15 @@ def trained_by_rank(model: nn.Module, rank: int, seed: int) -> Iterator[None]:
         for parameter, was in wanted: parameter.requires_grad_(was)
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #1afc8a8d
-def adamw(trained: dict[str, nn.Parameter], settings: FineTuning) -> torch.optim.AdamW:
-    "AdamW (Loshchilov and Hutter 2019); only matrices decay."
-    matrices, others = ([p for p in trained.values() if (p.ndim > 1) is decays] for decays in (True, False))
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr)
-
-
 def train_on(model: nn.Module, examples: Sequence[Example], settings: FineTuning, follows_from: dict,
              folder: Path | None, save_every: int,
              teacher: nn.Module | None = None) -> tuple[float, ...]: # Loss of each step, before the step
     "Train from the last state that was kept, or from the start; a loss that is not finite raises `BadInput`."
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimiser = adamw(trained, settings)
-    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    matrices, others = ([p for p in trained.values() if (p.ndim > 1) is decays] for decays in (True, False))
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr)
+    parameters = [*matrices, *others]
     losses = load_state(folder, trained, [optimiser], follows_from).get("losses", []) if folder else []
     for step in tqdm(range(len(losses), settings.steps), desc="training"):
         chosen = [examples[index] for index in examples_of_step(step, len(examples), settings)]

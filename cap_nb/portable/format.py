@@ -360,7 +360,7 @@ def files_of(folder: Path) -> dict[str, Path]: # Every file by its name in the f
         check_inside(name, folder)
         if not path.is_file():
             raise BadInput(f"{path} is neither file nor folder: expected a checkpoint's files; take it out.")
-        if path.name == MANIFEST or path.name.endswith(PACKED):
+        if path.name in (MANIFEST, CHECKSUM) or path.name.endswith(PACKED):
             raise BadInput(f"{folder} holds {name}, and so is packed already: expected the folder of a checkpoint; "
                            "restore it first.")
     return files

@@ -52,17 +52,14 @@ def rows_of_heads(model: nn.Module, p: Projection, groups: list[int]) -> torch.T
     def group(part: Part) -> int: return served[part.index] if part.kind == "query" else part.index
     return torch.cat([torch.arange(part.start, part.stop) for part in p.parts if group(part) in groups])
 
-def rows_of_neurons(p: Projection, neurons: torch.Tensor) -> torch.Tensor:
-    "The rows of the neurons that stay; fused, those of gate lie above those of up."
-    return torch.cat([neurons, neurons + len(p.weight) // 2]) if p.role == "gate_up" else neurons
-
 # %% ../../nbs/portable/06_shrink.ipynb #c012
 @torch.no_grad()
 def cut_weights(model: nn.Module, neurons: torch.Tensor, groups: torch.Tensor) -> dict[str, torch.Tensor]:
     "All weights of a model with the rows and columns of what goes left out."
     weights, cut = model.state_dict(), {}
     for p in projections(model):
-        stay = rows_of_heads(model, p, groups[p.layer].tolist()) if p.parts else rows_of_neurons(p, neurons[p.layer])
+        stay = rows_of_heads(model, p, groups[p.layer].tolist()) if p.parts else neurons[p.layer]
+        if p.role == "gate_up": stay = torch.cat([stay, stay + len(p.weight) // 2]) # gate's rows lie above up's
         stay, by_column = stay.to(p.weight.device), p.role in ("output", "down")
         cut[p.parameter_name] = p.oriented(p.weight.index_select(int(by_column), stay)).contiguous()
         bias = f"{p.name}.bias"

@@ -193,10 +193,6 @@ def seconds_of(side: Side, work: Callable[[], object], clock: Callable[[], float
         work()
         return waited() - start
 
-def prefill_timer(side: Side, ids: torch.Tensor, clock: Callable[[], float]) -> Callable[[], float]:
-    "A measurement of reading prompts."
-    return lambda: seconds_of(side, lambda: side.model(ids, use_cache=True, logits_to_keep=1), clock)
-
 # %% ../../nbs/portable/05_speed.ipynb #c038
 def decode_timer(side: Side, ids: torch.Tensor, written: torch.Tensor,
                  clock: Callable[[], float]) -> Callable[[], float]: # Writes and gives its seconds
@@ -229,7 +225,8 @@ def speeds_of(sides: Mapping[str, Side], settings: SpeedSettings,
     for batch in settings.batches:
         drawn = torch.randint(model.config.vocab_size, (batch, settings.prompt + settings.steps), generator=rng)
         ids, written = drawn.to(model.device).split([settings.prompt, settings.steps], 1)
-        timers = {name: prefill_timer(side, ids, clock) for name, side in sides.items()}
+        timers = {name: partial(seconds_of, side, partial(side.model, ids, use_cache=True, logits_to_keep=1), clock)
+                  for name, side in sides.items()} # of reading prompts
         taken[f"prefill, batch {batch}"] = in_turns(timers, settings.rounds)
         timers = {name: decode_timer(side, ids, written, clock) for name, side in sides.items()}
         taken[f"decode, batch {batch}"] = in_turns(timers, settings.rounds)
