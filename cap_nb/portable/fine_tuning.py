@@ -189,6 +189,7 @@ def train_on(model: nn.Module, examples: Sequence[Example], settings: FineTuning
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices, others = ([p for p in trained.values() if (p.ndim > 1) is decays] for decays in (True, False))
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    # only matrices decay (Loshchilov and Hutter 2019)
     optimiser = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr)
     parameters = [*matrices, *others]
     losses = load_state(folder, trained, [optimiser], follows_from).get("losses", []) if folder else []
