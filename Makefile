@@ -22,7 +22,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env demo test soak dist audit matrix versions matrix-here notebooks lab slides class benchmarks gpu readme docs check-docs check-sync check-style check-readme check-notebooks check-pytest check-some check-transformers
+.PHONY: help env demo test soak dist audit matrix versions matrix-here notebooks lab slides class benchmarks gpu readme docs check-docs check-sync check-style check-notebooks check-pytest check-some check-transformers
 
 PYTHON ?= python3
 DEMO ?= runs/demo
@@ -131,11 +131,10 @@ docs: env
 check-docs: env
 	"$(BIN)/python" tools/site/walk.py
 
-# The five checks run in this order; pytest's summary is the last thing printed.
+# The four checks run in this order; pytest's summary is the last thing printed.
 test: env
 	@$(MAKE) --no-print-directory check-sync
 	@$(MAKE) --no-print-directory check-style
-	@$(MAKE) --no-print-directory check-readme
 	@$(MAKE) --no-print-directory check-notebooks
 	@$(MAKE) --no-print-directory check-pytest
 
@@ -172,10 +171,6 @@ check-style: env
 	@echo "== style of notebooks and modules"
 	"$(BIN)/ruff" check --quiet nbs
 	"$(BIN)/ruff" check --quiet --ignore E501 cap_nb # nbdev wraps __all__ as it likes; the other lines are the notebooks'
-
-check-readme: env
-	@echo "== README.md is what nbs/index.ipynb makes; stubs, the list of methods and the known names are what the modules make"
-	"$(BIN)/python" tools/stubs.py --check
 
 check-notebooks: env
 	@echo "== notebooks run"

@@ -15,6 +15,7 @@ from cap_nb.core.files import read_checked
 from conftest import ROOT
 from notebooks_on_disk import cells, notebooks_tool
 from tools import matrix as matrix_tool
+from tools.stubs import stubs
 
 
 def write_notebook(path, *sources):
@@ -54,6 +55,11 @@ def test_the_first_error_stops_and_nothing_is_written(tmp_path):
     assert done.returncode != 0 and "ZeroDivisionError" in done.stderr
     assert outputs(one) == ["old\n", "old\n"] and outputs(two) == ["old\n"]
     assert execute(tmp_path / "nowhere.ipynb").returncode != 0
+
+
+def test_the_readme_the_stubs_and_the_lists_are_what_the_notebooks_make():
+    for path, text in stubs().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run `make readme`, and commit it"
 
 
 def test_directives():

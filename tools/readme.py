@@ -1,4 +1,4 @@
-"""The text of README.md, from nbs/index.ipynb; stubs.py writes it, and checks it.
+"""The text of README.md, from nbs/index.ipynb; stubs.py writes it.
 
 nbdev_readme needs Quarto. This takes those of nbdev's own notebook processors that matter for a page of text (hide,
 hide_line, export) and lets nbconvert write the Markdown, without the code that makes the table. Its link processor stays

@@ -1,11 +1,10 @@
-"""Make README.md, cap_nb/all.pyi, cap_nb/__init__.pyi, cap_nb/methods.txt and cap_nb/names.json, or with --check see whether they are up to date.
+"""Make README.md, cap_nb/all.pyi, cap_nb/__init__.pyi, cap_nb/methods.txt and cap_nb/names.json; tests/test_tools.py sees whether they are up to date.
 
 `cap_nb` and `cap_nb.all` import a public name when it is first asked for, which type checkers and editors cannot follow.
 The stubs say where each name lives; they are read and never run. The list of methods is what `cap methods` prints, so
 that it need not load the methods; the names are those of tasks, methods and the like, by which a typo is told before
 torch is imported.
 """
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -44,7 +43,7 @@ def stubs() -> dict[Path, str]:
     sys.path.insert(0, str(ROOT))
     from cap_nb.all import public_names
     from cap_nb.methods.prune import method_list
-    from readme import readme
+    from tools.readme import readme
 
     homes = public_names(ROOT / "cap_nb")
     lines = [f"from {home} import {name} as {name}" for name, home in sorted(homes.items())]
@@ -55,17 +54,6 @@ def stubs() -> dict[Path, str]:
             here / "names.json": json.dumps(names(), indent=1) + "\n"}
 
 
-def main() -> None:
-    """Write the stubs, or compare them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="say which file differs, and write nothing")
-    checking = parser.parse_args().check
-    for path, text in stubs().items():
-        if checking and (not path.exists() or path.read_text(encoding="utf-8") != text):
-            sys.exit(f"{path.relative_to(ROOT)} is not what the notebooks make: run `make readme` and commit it.")
-        if not checking:
-            path.write_text(text, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    for path, text in stubs().items():
+        path.write_text(text, encoding="utf-8")
