@@ -27,10 +27,10 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def pools_are_encoded_once():
-    from fixtures import pools_encoded_once
+def what_many_tests_read_is_read_once():
+    from fixtures import labs_read_once, pools_encoded_once
 
-    with pools_encoded_once():
+    with pools_encoded_once(), labs_read_once():
         yield
 
 

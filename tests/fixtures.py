@@ -1,10 +1,13 @@
 """What tests share: one tiny Llama (and models of other classes with its sizes), and examples made of token ids."""
+import copy
 import json
 import math
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from unittest.mock import patch
 
+import pytest
 import torch
 from IPython.core import pylabtools
 from matplotlib.figure import Figure
@@ -12,15 +15,23 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cap_nb import calibration
 from cap_nb.calibration import Calibration
+from cap_nb.core.errors import BadInput
 from cap_nb.data.problems import LAB_TASKS
 from cap_nb.data.prompts import IGNORED, Example
 from cap_nb.jobs import chains, report
+from cap_nb.models import lab
 from cap_nb.models.loading import tokenizer_fingerprint
 
 # Head size 6 although hidden size over heads is 5, and two query heads to a key-value head: sizes that go wrong when
 # something is assumed
 TINY = dict(hidden_size=20, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
             head_dim=6, vocab_size=50, max_position_embeddings=64, initializer_range=0.3)
+
+
+def refuses(words, call, *given, **named):
+    """A call ends in `BadInput`, whose sentence these words are found in."""
+    with pytest.raises(BadInput, match=words):
+        call(*given, **named)
 
 
 @contextmanager
@@ -38,6 +49,22 @@ def pools_encoded_once():
         return left or encode(tokenizer, task, None, style, exclude)  # which refuses it
 
     with patch.object(calibration, "calibration_pool", pool), patch.object(chains, "calibration_pool", pool):
+        yield
+
+
+@contextmanager
+def labs_read_once():
+    """The lab's checkpoints are read hundreds of times; a copy takes a fifth of the time. Whether one is whole is still asked each time."""
+    read, models = AutoModelForCausalLM.from_pretrained, {}
+
+    def copied(folder, dtype):
+        if folder not in lab.LABS.values():
+            return read(folder, dtype=dtype)
+        if (folder, dtype) not in models:
+            models[folder, dtype] = read(folder, dtype=dtype)
+        return copy.deepcopy(models[folder, dtype])
+
+    with patch.object(lab, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=copied)):
         yield
 
 

@@ -104,7 +104,6 @@ class Hub:
             if one[0] in path and one[1] == method and one[3] > 0:
                 one[3] -= 1
                 return one[2]
-        return None
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -115,16 +114,10 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def do_HEAD(self):
-        self.answer("HEAD")
-
-    def do_GET(self):
-        self.answer("GET")
-
-    def answer(self, method):
+    def answer(self):
         path = unquote(urlsplit(self.path).path)
-        self.hub.asked.append((method, path))
-        self.fault = self.hub.fault_for(method, path) or Fault()
+        self.hub.asked.append((self.command, path))
+        self.fault = self.hub.fault_for(self.command, path) or Fault()
         time.sleep(self.fault.silent)
         if self.fault.status:
             return self.send(self.fault.status, b"", self.fault.headers)
@@ -138,6 +131,8 @@ class Handler(BaseHTTPRequestHandler):
         if len(parts) > 4 and parts[2] == "resolve":
             return self.resolve(kind, "/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         return self.send(404, b"", {})
+
+    do_HEAD = do_GET = answer
 
     # ---- what is refused ----
     def refuse(self, status, code, message, **headers):
@@ -197,13 +192,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "HEAD":
-            return
-        if not self.fault.cut:
-            self.wfile.write(body)
-            return
-        self.wfile.write(body[:int(len(body) * self.fault.cut)])
-        self.close_connection = True
+        if self.command == "GET":
+            self.wfile.write(body[:int(len(body) * (self.fault.cut or 1))])
+            self.close_connection |= self.fault.cut > 0
 
 
 # ---- made-up repositories with the published file names and columns ----

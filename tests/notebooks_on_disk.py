@@ -1,5 +1,4 @@
 """The notebooks as the tests need them: which cells are exported, to which module, in which order."""
-import configparser
 import functools
 import json
 from dataclasses import dataclass
@@ -36,13 +35,6 @@ def module_of(path: Path) -> str | None:
     """The module a notebook exports to, with the package's name, or None."""
     named = [c.directives["default_exp"] for c in cells(path) if "default_exp" in c.directives]
     return f"cap_nb.{named[0]}" if named else None
-
-
-def skipped_flags() -> set[str]:
-    """The flags whose cells are passed over, from settings.ini."""
-    settings = configparser.ConfigParser()
-    settings.read(ROOT / "settings.ini", encoding="utf-8")
-    return set(settings["DEFAULT"]["tst_flags"].split())
 
 
 NOTEBOOKS = notebooks_tool.reading_order()

@@ -16,7 +16,7 @@ import torch
 from accelerate import dispatch_model
 from conftest import ROOT
 from fixtures import made_up_calibration, tiny_config, tiny_llama
-from programs import FEW, called
+from programs import FEW, output_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, MixtralConfig
 
@@ -335,8 +335,7 @@ def test_the_program_runs_on_it_from_end_to_end(tmp_path):
     save_model(tiny_llama(num_hidden_layers=2, vocab_size=len(lab_tokenizer()), max_position_embeddings=512), lab_tokenizer(), tmp_path / "model")
     for device in (PROCESSOR, DEVICE):
         words = ["run", "--model", tmp_path / "model", "--methods", "cap", "--sparsity", "0.5", *FEW]
-        done = called(*words, "--device", device, "--out", tmp_path / device)
-        assert done.exit_code == 0, done.output
+        output_of(*words, "--device", device, "--out", tmp_path / device)
     here, there = (tmp_path / device for device in (PROCESSOR, DEVICE))
     torch.testing.assert_close(load_losses(there / "losses.safetensors").masked, load_losses(here / "losses.safetensors").masked, atol=1e-5, rtol=0)
     assert '"device": "pretend"' in (there / "environment.json").read_text()

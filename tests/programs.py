@@ -40,22 +40,17 @@ def alone(work, out, err, folder=None):
     except BaseException:
         traceback.print_exc()
     finally:
-        ended_with(code)
-
-
-def ended_with(code):
-    """Leave as the interpreter does at its end; whatever happens, this process does not go on."""
-    try:
-        if code is not None and not isinstance(code, int):
-            print(code, file=sys.stderr)
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code or 0)
-    except OSError:
-        os._exit(120)
-    finally:
-        os._exit(99)
+        try:  # to leave as the interpreter does at its end; whatever happens, this process does not go on
+            if code is not None and not isinstance(code, int):
+                print(code, file=sys.stderr)
+                code = 1
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code or 0)
+        except OSError:
+            os._exit(120)
+        finally:
+            os._exit(99)
 
 
 FEW = ["--n", "3", "--k", "2", "--evaluate-n", "2", "--loss-n", "2", "--max-new-tokens", "6", "--windows", "1", "--window-tokens", "32", "--device", "cpu"]
@@ -64,6 +59,13 @@ FEW = ["--n", "3", "--k", "2", "--evaluate-n", "2", "--loss-n", "2", "--max-new-
 def called(*words):
     """Run the program in this process."""
     return CliRunner().invoke(cap_nb.command_line.app, [str(word) for word in words])
+
+
+def output_of(*words):
+    """What the program prints, which does what it should."""
+    result = called(*words)
+    assert result.exit_code == 0, f"{result.output} {result.exception!r}"
+    return result.stdout
 
 
 def assert_one_sentence(result, *parts):
@@ -134,10 +136,7 @@ class Program:
     def communicate(self, timeout=300):
         """What it said on both channels, once it has ended; if they go together, both times all of it."""
         self.wait(timeout)
-        self.said.seek(0)
-        said = self.said.read().decode()
-        self.complained.seek(0)
-        return said, self.complained.read().decode()
+        return tuple((file.seek(0), file.read().decode())[1] for file in (self.said, self.complained))
 
 
 def finished(work, folder=None, timeout=300, draws=True):

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from cap_nb.core.errors import BadInput
 from cap_nb.data.problems import load_problems
 from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.methods.streaming import open_checkpoint
 from cap_nb.models.loading import load_model
-from fixtures import made_up_calibration
+from fixtures import made_up_calibration, refuses
 from programs import cap, finished
 from tools.benchmarks import generation, gpu, layer_problem, processes, scaling, scoring, start, streaming, suite, threshold
 from tools.side_by_side import balanced_heads, examples_at_hand, largest_difference, measured_case, read_cases
@@ -46,8 +45,7 @@ def test_four_ways_to_a_threshold_agree(dtype):
     scores = threshold.made_scores(4, 2000, dtype)
     assert threshold.check_ways(threshold.ways(scores, 0.2), scores, 0.2)["threshold"] > 0
     wrong = threshold.ways(scores, 0.2) | {"sort": lambda: 0.0}
-    with pytest.raises(BadInput, match="disagree"):
-        threshold.check_ways(wrong, scores, 0.2)
+    refuses("disagree", threshold.check_ways, wrong, scores, 0.2)
 
 
 def in_this_process(function, **given):
@@ -70,8 +68,7 @@ def test_a_checkpoint_in_shards_is_made_pruned_packed_and_restored(tmp_path, mon
     assert packed["delta"]["bytes"] < packed["bitmask"]["bytes"] < about["bytes"] and about["matrices"] / 2 < packed["bitmask"]["matrices"]
     different = itertools.count()
     monkeypatch.setattr(streaming, "hashes_of", lambda folder: {"a": next(different)})
-    with pytest.raises(BadInput, match="bitmask differs"):
-        streaming.packed_case(tmp_path / "s.json", "other", llama, tmp_path, 50_000)
+    refuses("bitmask differs", streaming.packed_case, tmp_path / "s.json", "other", llama, tmp_path, 50_000)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("cap_nb-")] == [] and set(read_cases(tmp_path / "s.json")) == {"toy"}
 
 
@@ -122,20 +119,17 @@ def test_other_texts_are_noticed(tmp_path):
     assert [len(values) for values in case["seconds"].values()] == [1] * 6 and len(set(case["about"]["tokens"].values())) == 1
     assert generation.check_texts({"harness": ["a", "b"], "stop tokens": ["a", "b"], "answer lines": ["a", ""]}) == 1
     for wrong in (["a", "c"], ["a", "b more"]):
-        with pytest.raises(BadInput, match="texts differ"):
-            generation.check_texts({"harness": ["a", "b"], "stop tokens": ["a", "b"], "answer lines": wrong})
+        refuses("texts differ", generation.check_texts, {"harness": ["a", "b"], "stop tokens": ["a", "b"], "answer lines": wrong})
     problems = load_problems("lab-arc", "evaluation")[:1]
     right, wrong = (f"Answer: {letter}\n" for letter in (problems[0].answer, "H"))
     assert generation.right_answers({"harness": [right], "stop tokens": [right]}, problems, "lab") == 1
-    with pytest.raises(BadInput, match="verdicts of stop tokens"):
-        generation.right_answers({"harness": [right], "stop tokens": [wrong]}, problems, "lab")
+    refuses("verdicts of stop tokens", generation.right_answers, {"harness": [right], "stop tokens": [wrong]}, problems, "lab")
 
 
 def test_commands_are_timed_each_in_a_process_of_its_own(tmp_path):
     commands = {"a": [start.PYTHON, "-c", "sum(range(10**6))"], "b": [start.PYTHON, "-c", "pass"]}
     assert [len(values) for values in start.start_case(tmp_path / "s.json", commands, 1)["seconds"].values()] == [1] * 4
-    with pytest.raises(BadInput, match="expected it to end well"):
-        start.start_case(tmp_path / "t.json", {"wrong": [start.PYTHON, "-c", "1/0"]}, 1)
+    refuses("expected it to end well", start.start_case, tmp_path / "t.json", {"wrong": [start.PYTHON, "-c", "1/0"]}, 1)
 
 
 def test_the_suite_is_timed_in_a_fresh_clone(tmp_path):
@@ -146,8 +140,7 @@ def test_the_suite_is_timed_in_a_fresh_clone(tmp_path):
     for words in (["init", "--quiet"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "--quiet", "-m", "a"]):
         subprocess.run(["git", *words], cwd=tmp_path, check=True)
     assert suite.suite_case(tmp_path / "s.json", tmp_path)["about"]["last line"] == {"demo": ["shown"], "test": ["done"]}
-    with pytest.raises(BadInput, match="make lint failed"):
-        suite.suite_case(tmp_path / "t.json", tmp_path, ("lint",))
+    refuses("make lint failed", suite.suite_case, tmp_path / "t.json", tmp_path, ("lint",))
     assert list(suite.chapters_case(tmp_path / "c.json", tmp_path)["seconds"]) == ["00_one", "06_two"]
 
 
@@ -179,5 +172,4 @@ def test_the_layer_problem_in_small(case):
         assert layer_problem.received(ours, side) > 0 and about and abs(np.unpackbits(zeros).mean() - 0.5) < 0.02
         ours.send(False)
         worker.join()
-    with pytest.raises(BadInput, match="holds no lib/prune.py"):
-        layer_problem.published_code("nowhere")
+    refuses("holds no lib/prune.py", layer_problem.published_code, "nowhere")

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from cap_nb import single_steps
 from cap_nb.calibration import calibration_set
 from cap_nb.core import files
-from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.core.stopping import Stopped
 from cap_nb.data.problems import LAB_TASKS, load_problems, load_text
@@ -28,8 +27,8 @@ from cap_nb.jobs.settings import RECIPES, ChainRule, FineTuning, Job, changed
 from cap_nb.models.lab import lab_tokenizer
 from cap_nb.models.loading import load_model
 from cap_nb.portable.format import export_folder, restore_folder
-from fixtures import contents
-from programs import FEW, assert_one_sentence, called as cap
+from fixtures import contents, refuses
+from programs import FEW, assert_one_sentence, called as cap, output_of
 
 @pytest.fixture(scope="module")
 def lab():
@@ -155,8 +154,7 @@ def test_the_default_calibration_is_as_it_was(lab):
 def test_a_run_on_chains_and_text(made, tmp_path):
     """Every kind of method calibrates on them; run.json says what on; another file is another run."""
     words = ["run", *FEW, "--methods", "cap,wanda,sparsegpt", "--sparsity", "0.5", "--text-share", "0.34", "--text-tokens", "100"]
-    result = cap(*words, "--calibrate-on", made[1], "--out", tmp_path / "run")
-    assert result.exit_code == 0, result.output
+    output_of(*words, "--calibrate-on", made[1], "--out", tmp_path / "run")
     said = read_checked(tmp_path / "run" / "run.json")["calibration"]
     assert (said["on"], said["chains"], said["text_share"], said["text_tokens"]) == ("chains", made[0].fingerprint, 0.34, 100)
     run = load_run(tmp_path / "run")
@@ -194,8 +192,7 @@ def test_a_set_is_drawn_by_tokens(lab, made, kind):
 def test_a_run_by_tokens_says_what_it_holds(made, tmp_path):
     """run.json has what was asked for and what came of it; the run can be read back, told apart and put as a command."""
     words = ["run", *FEW[2:], "--methods", "magnitude", "--sparsity", "0.5", "--calibrate-on", made[1], "--chain-rule", "all,tokens=20-", "--out", tmp_path / "run"]
-    result = cap(*words, "--calibration-tokens", "900")
-    assert result.exit_code == 0, result.output
+    output_of(*words, "--calibration-tokens", "900")
     kept = read_run(tmp_path / "run")
     said = kept["calibration"]
     assert (said["calibration_tokens"], said["chain_rule"], "n" in said) == (900, "all,tokens=20-", False)
@@ -230,8 +227,7 @@ def test_chains_are_written_until_they_hold_the_tokens(lab, tmp_path, monkeypatc
     stop_before(monkeypatch, 0)
     make("killed.jsonl", rule)
     assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "hard.jsonl").read_bytes()
-    with pytest.raises(BadInput, match="other settings .tokens."):
-        make("hard.jsonl", rule, count=501)
+    refuses("other settings .tokens.", make, "hard.jsonl", rule, count=501)
     monkeypatch.setattr(chains, "calibration_pool", lambda *given: calibration_set(tokenizer, ("lab-gsm8k",), n=3).examples)
     assert len(make("short.jsonl", ChainRule(), count=5000).chains) == 6, "all problems were asked, and no more"
 
@@ -259,16 +255,14 @@ def test_problems_of_chains_are_not_evaluated_on(lab, tmp_path):
     write_chains(tmp_path / "c.jsonl", Chains(made.about, chains))
     job = changed(Job(), tasks=("lab-arc",), n=3, k=1, loss_n=len(load_problems("lab-arc", "evaluation")), windows=0,
                   accuracy_tasks=(), device="cpu", calibrate_on=str(tmp_path / "c.jsonl"))
-    with pytest.raises(BadInput, match="problems for evaluation"):
-        prepare(job)
+    refuses("problems for evaluation", prepare, job)
     assert stolen in {e.uid for e in job_calibration(job, tokenizer).examples}
 
 
 def test_the_command_tells_of_few_chains_and_how_to_calibrate_on_them(tmp_path):
     path = tmp_path / "c.jsonl"
-    done = cap("chains", "--n", 2, "--tries", 2, "--max-new-tokens", 60, "--device", "cpu", "--out", path)
-    assert done.exit_code == 0, done.output
-    assert "keep gold" in done.stdout and done.stdout.strip().endswith(f"--calibrate-on {path}.")
+    said = output_of("chains", "--n", 2, "--tries", 2, "--max-new-tokens", 60, "--device", "cpu", "--out", path)
+    assert "keep gold" in said and said.strip().endswith(f"--calibrate-on {path}.")
 
 
 def test_a_plan_counts_chains_and_text(made):
@@ -285,8 +279,7 @@ def test_a_file_of_chains_may_be_longer_than_a_text_that_is_read_whole(made, mon
     monkeypatch.setattr(files, "MOST_TEXT", longest)
     assert made[1].stat().st_size > 2 * longest and read_chains(made[1]) == whole
     monkeypatch.setattr(files, "MOST_TEXT", longest - 1)
-    with pytest.raises(BadInput, match="a line without an end"):
-        read_chains(made[1])
+    refuses("a line without an end", read_chains, made[1])
 
 
 def test_a_recipe_does_the_whole_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
@@ -345,21 +338,18 @@ def test_spared_problems_are_not_asked(lab):
 
 
 def test_a_limit_of_no_token_is_refused(lab):
-    with pytest.raises(BadInput, match="max_new_tokens is 0"):
-        own_chains(*lab, ("lab-gsm8k",), n=1, answering=Answering(tries=1, max_new_tokens=0))
+    refuses("max_new_tokens is 0", own_chains, *lab, ("lab-gsm8k",), n=1, answering=Answering(tries=1, max_new_tokens=0))
 
 
 def test_a_template_that_drops_the_worked_examples_is_refused():
     tokenizer, (asked, shown) = copy.deepcopy(lab_tokenizer()), load_problems("lab-gsm8k", "calibration")[:2]
     tokenizer.chat_template = "{{ messages[-1]['content'] }}\n"
     assert prompt_text(tokenizer, asked, "lab")
-    with pytest.raises(BadInput, match="leaves a question or a worked example out"):
-        prompt_text(tokenizer, asked, "lab", [shown])
+    refuses("leaves a question or a worked example out", prompt_text, tokenizer, asked, "lab", [shown])
 
 
 def test_seeds_of_a_set_in_tokens_may_hold_other_numbers_of_examples():
     """How many examples an amount of tokens takes follows from the draw."""
     one, other = ({"calibration": {"seed": seed, "holds": {"lab-arc": {"examples": 5 + seed, "tokens": 600 + seed}}}, "model": {}} for seed in (0, 1))
     check_settings(Path("run"), one, other)
-    with pytest.raises(BadInput, match="calibration.k"):
-        check_settings(Path("run"), one, other | {"calibration": other["calibration"] | {"k": 2}})
+    refuses("calibration.k", check_settings, Path("run"), one, other | {"calibration": other["calibration"] | {"k": 2}})

@@ -17,7 +17,7 @@ import typer
 from transformers import LlamaForCausalLM
 
 from faults.machinery import contents
-from programs import FEW, assert_one_sentence, called as cap
+from programs import FEW, assert_one_sentence, called as cap, output_of
 from cap_nb.core.files import read_checked
 from cap_nb.core.registry import PLUGINS
 from cap_nb.models.decoding import generate_naive
@@ -33,9 +33,7 @@ from conftest import ROOT
 def finished(tmp_path_factory):
     """A run of two methods at one sparsity on very few problems."""
     folder = tmp_path_factory.mktemp("runs") / "small"
-    result = cap("run", *FEW, "--methods", "cap,magnitude", "--sparsity", "0.5", "--out", folder, "--note", "a test")
-    assert result.exit_code == 0, result.output
-    return folder, result.stdout
+    return folder, output_of("run", *FEW, "--methods", "cap,magnitude", "--sparsity", "0.5", "--out", folder, "--note", "a test")
 
 
 def test_run_shows_table_and_figures(finished):
@@ -63,16 +61,14 @@ def test_what_is_recorded(finished):
 
 def test_divergences_are_scored_pruned_by_and_not_taken_for_losses(finished, tmp_path):
     few, table = ["--n", "2", "--k", "1", "--tasks", "lab-arc", "--device", "cpu"], tmp_path / "d.safetensors"
-    result = cap("score", *few, "--score-target", "divergence", "--out", table)
-    assert result.exit_code == 0 and "divergences of 2 examples with each of 36 heads" in result.stdout, result.output
+    assert "divergences of 2 examples with each of 36 heads" in output_of("score", *few, "--score-target", "divergence", "--out", table)
     losses = load_losses(table)
     assert losses.target == "divergence" and losses.masked.min() >= 0
     prune = ["prune", "--device", "cpu", "--sparsity", "0.3", "--out", tmp_path / "pruned", "--scores"]
     assert_one_sentence(cap(*prune, table), "d.safetensors holds divergences: expected losses")
     assert_one_sentence(cap(*prune, finished[0] / "losses.safetensors", "--score-target", "divergence"), "holds losses: expected divergences")
     assert not (tmp_path / "pruned").exists()
-    result = cap(*prune, table, "--score-target", "divergence")
-    assert result.exit_code == 0 and "30.0000%" in result.stdout, result.output
+    assert "30.0000%" in output_of(*prune, table, "--score-target", "divergence")
 
 
 def stand_in():
@@ -105,8 +101,7 @@ def test_vllm_writes_the_answers_of_a_run(finished, tmp_path, monkeypatch):
 
 def test_a_run_within_a_budget_says_what_was_measured(tmp_path):
     few = [*FEW, "--n", "4", "--accuracy-tasks", "none", "--tasks", "lab-arc", "--methods", "cap", "--sparsity", "0.5"]
-    result = cap("run", *few, "--budget", "0.7", "--out", tmp_path / "part") # whose scores are means, as no other form allows gaps
-    assert result.exit_code == 0 and "- budget: 0.7" in result.stdout, result.output
+    assert "- budget: 0.7" in output_of("run", *few, "--budget", "0.7", "--out", tmp_path / "part") # whose scores are means, as no other form allows gaps
     run, lines = load_run(tmp_path / "part"), (tmp_path / "part" / "tables" / "screening.csv").read_text().splitlines()
     assert run.losses is None and not run.partial.measured.all() and not run.scores.isnan().any()
     assert [int(line.split(",")[2]) for line in lines[1:]] == run.partial.measured.sum(-1).flatten().tolist()
@@ -149,8 +144,7 @@ def test_tables_and_figures_are_made_again_from_the_records(finished, tmp_path):
     before = {p: p.read_bytes() for kind in ("tables", "figures") for p in (folder / kind).iterdir()}
     for path in before:
         path.unlink()
-    result = cap("figures", folder.parent)
-    assert result.exit_code == 0 and "manifest.json" in result.stdout
+    assert "manifest.json" in output_of("figures", folder.parent)
     assert {p: p.read_bytes() for p in before} == before
     assert_one_sentence(cap("figures", tmp_path / "nowhere"), "holds no run")
 
@@ -243,16 +237,15 @@ def test_prune_takes_the_recommended_method(small_lab, tmp_path):
     few = ["--model", small_lab, "--tasks", "lab-arc", "--n", "10", "--k", "1", "--device", "cpu"]
     for name, options, words in (("half", [], "alps with --text-share 0.1, recommended at 50 % and above."), ("fifth", ["--sparsity", "0.2"], "wanda, recommended below 50 %."),
                                  ("own", ["--text-share", "0.2"], "alps, recommended at 50 % and above.")):
-        result = cap("prune", *few, *options, "--out", tmp_path / name)
-        assert result.exit_code == 0 and result.stdout.startswith(f"No --method was given: {words}\n"), result.output
+        assert output_of("prune", *few, *options, "--out", tmp_path / name).startswith(f"No --method was given: {words}\n")
         record = json.loads((tmp_path / name / "config.json").read_text())["cap_nb"]
         assert record["method"] == words.split()[0].rstrip(",") and record["calibration"].get("text_share") == {"half": 0.1, "own": 0.2}.get(name), record
 
 
 def test_a_quick_run_is_small_and_says_so(tmp_path):
     """--quick changes what was not given; `cap plan --quick` plans the same; the end says that it is no verdict."""
-    result = cap("run", "--quick", "--n", "3", "--tasks", "lab-arc", "--methods", "magnitude", "--device", "cpu", "--out", tmp_path / "run")
-    assert result.exit_code == 0 and "too few" in result.stdout.splitlines()[-1].lower(), result.output
+    said = output_of("run", "--quick", "--n", "3", "--tasks", "lab-arc", "--methods", "magnitude", "--device", "cpu", "--out", tmp_path / "run")
+    assert "too few" in said.splitlines()[-1].lower(), said
     kept = read_checked(tmp_path / "run/run.json")
     assert kept["calibration"]["n"] == 3 and kept["calibration"]["k"] == QUICK["k"] and kept["sparsities"] == list(QUICK["sparsities"])
     assert kept["evaluation"]["loss_n"] == QUICK["loss_n"] and kept["evaluation"]["data"]["accuracy"] == {}

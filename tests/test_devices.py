@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures import made_up_calibration, tiny_llama
+from fixtures import made_up_calibration, refuses, tiny_llama
 
 from cap_nb.core.errors import BadInput
 from cap_nb.methods import resumed_scoring
@@ -167,8 +167,7 @@ def test_a_helper_that_dies_at_a_unit_is_made_up_for(tmp_path, undisturbed):
 def test_a_helper_has_the_owner_s_settings(tmp_path):
     said = PROCESSES.Queue()
     owner = waiting_owner(tmp_path, said, "go on")
-    with pytest.raises(BadInput, match="has other settings"):
-        help_scoring(*model_and_examples(), Request(batch_tokens=20, store=tmp_path))
+    refuses("has other settings", help_scoring, *model_and_examples(), Request(batch_tokens=20, store=tmp_path))
     (tmp_path/"go on").touch()
     owner.join(300)
     assert owner.exitcode == 0

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import DATA, ROOT, needs_data
-from fixtures import contents, tiny_llama
+from fixtures import contents, refuses, tiny_llama
 from programs import finished
 from proofs import TINY_MODELS, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -28,7 +28,6 @@ from cap_nb.jobs.results import compare_runs, repeat_run, results_frame
 from cap_nb.jobs.settings import Job, changed
 from cap_nb.models.choices import log_probs, log_probs_naive
 from cap_nb.models.decoding import Decoding, Sampling, answer_is_whole, generate_greedy, generate_naive
-from cap_nb.core.errors import BadInput
 from cap_nb.models.lab import lab_model, lab_tokenizer
 
 
@@ -131,8 +130,7 @@ def test_a_broken_model_is_named():
     tokenizer = lab_tokenizer()
     model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=300)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = math.nan
-    with pytest.raises(BadInput, match="window 0 of lab-text is not a finite number"):
-        perplexity(model, tokenizer, "lab-text", windows=1, window_tokens=16)
+    refuses("window 0 of lab-text is not a finite number", perplexity, model, tokenizer, "lab-text", windows=1, window_tokens=16)
 
 
 TEXTS = [("gsm8k", "#### 72", "72", "72"), ("gsm8k", "  #### $1,234.00  ", "1234", "1234"), ("gsm8k", "####72", None, "72"), ("gsm8k", "#### 72 apples", None, "72"),
@@ -255,8 +253,7 @@ def test_worked_examples_are_recorded_and_read():
     assert len(shots) == 2 and {p.uid for p in shots} <= {p.uid for p in load_problems("lab-gsm8k", "calibration")} - {p.uid for p in problems}
     assert set(evaluation_data(asked, frozenset())) - set(evaluation_data(changed(asked, shots=0), frozenset())) == {"shots"}
     assert shown_examples(changed(asked, shots=0), "lab-gsm8k", problems) == ()
-    with pytest.raises(BadInput, match="math500 has no calibration problems"):
-        shown_examples(asked, "math500", ())
+    refuses("math500 has no calibration problems", shown_examples, asked, "math500", ())
     if DATA.is_dir():
         assert {p.task for p in shown_examples(changed(asked, data_dir=str(DATA)), "svamp", ())} == {"gsm8k"}
 
@@ -305,8 +302,7 @@ def test_drawn_answers_in_a_run_that_was_killed(tmp_path, monkeypatch):
     found = compared["Magnitude", "Dense", 0.5, "Lab GSM8K pass@1, k = 3"]
     gains = [100 * (share - right_shares(dense.answers)[problem]) for problem, share in right_shares(pruned.answers).items()]
     assert (found.n, found.alone, found.p) == (9, None, sign_flip_test(gains)) and math.isclose(found.value, sum(gains) / 9)
-    with pytest.raises(BadInput, match="--samples is 2, the run in this folder has 3"):
-        run_job(changed(Job(), **DRAWN | {"samples": 2}), tmp_path / "whole")
+    refuses("--samples is 2, the run in this folder has 3", run_job, changed(Job(), **DRAWN | {"samples": 2}), tmp_path / "whole")
 
 
 def test_one_answer_to_each_problem_is_written_as_before(tmp_path):
@@ -325,8 +321,7 @@ def test_problems_that_were_calibrated_on_under_another_task_are_refused():
     def calibrated(*problems): return Calibration.from_examples([encode_problem(tokenizer, problem, "lab") for problem in problems], k=1)
     spaced = replace(seen, task="lab-arc", question=seen.question.replace(" ", "  "), choices=(("A", "1"), ("B", "2")), answer="A")
     job.check_problems(asked, model, tokenizer, (), calibrated(other))
-    with pytest.raises(BadInput, match="1 of the 3 problems of lab-gsm8k are calibrated on"):
-        job.check_problems(asked, model, tokenizer, (), calibrated(other, spaced))
+    refuses("1 of the 3 problems of lab-gsm8k are calibrated on", job.check_problems, asked, model, tokenizer, (), calibrated(other, spaced))
     short = replace(seen, question="2 + 3")
     assert not overlap(calibrated(replace(other, question="Compute 12 + 34.")), [short]) and overlap(calibrated(replace(other, question="What is 2 + 3?")), [short])
 
@@ -334,8 +329,7 @@ def test_problems_that_were_calibrated_on_under_another_task_are_refused():
 @pytest.mark.parametrize("settings", [dict(max_new_tokens=1000), dict(shots=20)])
 def test_an_answer_without_room_is_refused_before_work(settings, tmp_path):
     asked = changed(Job(), tasks=("lab-gsm8k",), n=2, k=1, evaluate_n=3, loss_n=0, windows=0, methods=("cap",), device="cpu", **settings)
-    with pytest.raises(BadInput, match="exceed the model's context of 512"):
-        run_job(asked, tmp_path / "run")
+    refuses("exceed the model's context of 512", run_job, asked, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

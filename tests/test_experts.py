@@ -5,11 +5,10 @@ import logging
 
 import pytest
 import torch
-from fixtures import made_up_calibration, tiny_llama
+from fixtures import made_up_calibration, refuses, tiny_llama
 from transformers import MixtralConfig, Qwen3MoeConfig
 
 from cap_nb.calibration import default_style, default_tasks
-from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked, read_tensors
 from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.jobs.job import run_job
@@ -76,13 +75,11 @@ def test_dense_layers_between_sparse_ones():
 def test_a_loss_that_is_no_number_names_the_expert():
     model = mixtral()
     model.model.embed_tokens.weight.data[7] = float("nan")
-    with pytest.raises(BadInput, match="The loss with expert 0 of layer 0 masked is nan on example"):
-        expert_losses(model, CALIBRATION)
+    refuses("The loss with expert 0 of layer 0 masked is nan on example", expert_losses, model, CALIBRATION)
 
 
 def test_a_run_of_a_dense_model_is_refused_before_any_work(tmp_path):
-    with pytest.raises(BadInput, match="Method 'cap.routed' was asked for, and LlamaForCausalLM has no routed experts"):
-        run_job(changed(Job(), methods=("cap.routed",), n=2), tmp_path / "run")
+    refuses("Method 'cap.routed' was asked for, and LlamaForCausalLM has no routed experts", run_job, changed(Job(), methods=("cap.routed",), n=2), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

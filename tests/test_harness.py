@@ -9,7 +9,7 @@ import torch
 
 from cap_nb.methods.prune import prune
 from cap_nb.evaluation import answer_problems, evaluation_problems
-from cap_nb.core.errors import BadInput
+from fixtures import refuses
 from cap_nb.models.choices import choice_records, log_probs, options_of, tokens_of_options
 from cap_nb.models.loading import load_model, save_model
 from conftest import DATA, needs_data
@@ -71,8 +71,7 @@ def test_nothing_is_left_behind(half, tmp_path):
 
 
 def test_a_task_that_was_not_written(half, tmp_path):
-    with pytest.raises(BadInput, match="write it with write_harness_task"):
-        harness_answers(*half, tmp_path, "lab-arc")
+    refuses("write it with write_harness_task", harness_answers, *half, tmp_path, "lab-arc")
 
 
 def test_its_own_tasks_bear_its_name(half, monkeypatch):
@@ -98,8 +97,7 @@ def test_data_that_cannot_be_had(half, monkeypatch):
     def unreachable(*_, **__):
         raise ConnectionError("no way there")
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(BadInput, match="expected the hub or its cache"):
-        harness_results(*half, HarnessSettings(tasks=("arc_challenge",)))
+    refuses("expected the hub or its cache", harness_results, *half, HarnessSettings(tasks=("arc_challenge",)))
 
 
 def weighed_by_both(model, tokenizer, problems, folder):

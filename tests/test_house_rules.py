@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 
+import cap_nb.all
 from conftest import ROOT
 from notebooks_on_disk import NOTEBOOKS, SOURCES, cells, label, module_of, notebooks_tool
 
 MODULES = sorted(p for p in (ROOT / "cap_nb").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py", "__main__.py"))  # __main__ is no notebook's
 FLOORS = notebooks_tool.floors()
+PUBLIC = {name: getattr(cap_nb.all, name) for name in cap_nb.all.__all__}
 
 
 def place(path):
@@ -55,15 +57,10 @@ def test_imports_are_never_skipped(path):
         assert not any(imports) or not {"slow", "gpu"} & cell.directives.keys(), "an import stands in a slow or gpu cell"
 
 
-def long_lines(text, width=120):
-    """Lines that are too long; a table's row and a formula cannot be broken."""
-    return [line for line in text.splitlines() if len(line) > width and not line.lstrip().startswith(("|", "$$", "!["))]
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=label)
 def test_lines_are_short(path):
-    """ruff looks at code cells only. The modules are made of the same lines."""
-    assert not [line for c in cells(path) for line in long_lines(c.source)]
+    """ruff looks at code cells only. The modules are made of the same lines. A table's row and a formula cannot be broken."""
+    assert not [line for c in cells(path) for line in c.source.splitlines() if len(line) > 120 and not line.lstrip().startswith(("|", "$$", "!["))]
 
 
 def test_next_leads_through_every_notebook():
@@ -113,10 +110,7 @@ def undocumented(thing):
 
 def test_public_means_documented():
     """Each public name has a docstring, and says what every parameter is and that it raises `BadInput`."""
-    import cap_nb.all
-
-    public = {name: getattr(cap_nb.all, name) for name in cap_nb.all.__all__}
-    bare = {name: undocumented(v) for name, v in public.items() if (inspect.isfunction(v) or inspect.isclass(v)) and undocumented(v)}
+    bare = {name: undocumented(v) for name, v in PUBLIC.items() if (inspect.isfunction(v) or inspect.isclass(v)) and undocumented(v)}
     assert not bare, bare
 
 
@@ -197,11 +191,8 @@ def written_functions(value):
 
 def test_type_checkers_know_the_public_names():
     """What functions, methods and fields take and give has a type that can be looked up; CONTRIBUTING says how pyright looks at all of it."""
-    import cap_nb.all
-
-    public = {name: getattr(cap_nb.all, name) for name in cap_nb.all.__all__}
-    hints = {name: typing.get_type_hints(value) for name, value in public.items() if inspect.isclass(value)}
-    for name, value in public.items():
+    hints = {name: typing.get_type_hints(value) for name, value in PUBLIC.items() if inspect.isclass(value)}
+    for name, value in PUBLIC.items():
         for function in written_functions(value):
             hints[f"{name}: {function.__name__}"] = typing.get_type_hints(function)
             bare = (set(inspect.signature(function).parameters) | {"return"}) - {"self", "cls"} - set(hints[f"{name}: {function.__name__}"])

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.utils.prune
-from fixtures import tiny_config, tiny_llama, with_settings
+from fixtures import refuses, tiny_config, tiny_llama, with_settings
 from hub import arc_rows, gsm8k_rows, save_llama
 from safetensors.torch import load_file, save_file
 
@@ -353,8 +353,7 @@ def test_a_tokenizer_without_a_template_is_told(place, caplog):
 
 def test_a_clock_that_transformers_keeps_elsewhere_is_one_sentence(place, monkeypatch):
     monkeypatch.delattr(prompts.chat_template_utils, "datetime")
-    with pytest.raises(BadInput, match="keeps the clock of chat templates in another place: expected .* install transformers<6"):
-        run_job(job_in(place), place / "new")
+    refuses("keeps the clock of chat templates in another place: expected .* install transformers<6", run_job, job_in(place), place / "new")
 
 
 def test_an_older_run_goes_on_and_says_what_it_does_not_cover(place, caplog):
@@ -438,8 +437,7 @@ def test_a_helper_of_a_plugin_is_part_of_it(place, monkeypatch):
             if power == 1:
                 run_job(job_in(place, methods=("mine",)), place / "new")
             else:
-                with pytest.raises(BadInput, match="was made with another my.py"):
-                    run_job(job_in(place, methods=("mine",)), place / "new")
+                refuses("was made with another my.py", run_job, job_in(place, methods=("mine",)), place / "new")
 
 
 def test_a_model_that_something_changed_ends_the_run(place, monkeypatch):
@@ -452,8 +450,7 @@ def test_a_model_that_something_changed_ends_the_run(place, monkeypatch):
 
     monkeypatch.setattr(job_module, "measure_piece", measured)
     monkeypatch.setattr(job_module, "write_results", lambda folder: pytest.fail("tables of a changed model"))
-    with pytest.raises(BadInput, match="The dense model's weights changed while"):
-        run_job(job_in(place), place / "new")
+    refuses("The dense model's weights changed while", run_job, job_in(place), place / "new")
 
 
 # ---- the model ----
@@ -501,8 +498,7 @@ NO_MODEL = {
 def test_what_is_no_whole_model_is_refused(what, place):
     change, sentence = NO_MODEL[what]
     change(place)
-    with pytest.raises(BadInput, match=sentence):
-        load_model(place / "model", device="cpu")
+    refuses(sentence, load_model, place / "model", device="cpu")
 
 
 def test_stored_means_stored(place):
@@ -520,22 +516,19 @@ REPARAMETRISED = {
 def test_weights_that_are_computed_anew_are_refused(how):
     model = tiny_llama()
     REPARAMETRISED[how](model.model.layers[1].mlp.up_proj)
-    with pytest.raises(BadInput, match="up_proj is computed from other tensors"):
-        prune(model, "magnitude", 0.5)
+    refuses("up_proj is computed from other tensors", prune, model, "magnitude", 0.5)
 
 
 def test_training_mode_is_refused_where_it_draws():
     model = tiny_llama(attention_dropout=0.1).train()
-    with pytest.raises(BadInput, match="is in training mode and has dropout"):
-        prune(model, "magnitude", 0.5)
+    refuses("is in training mode and has dropout", prune, model, "magnitude", 0.5)
     assert prune(model.eval(), "magnitude", 0.5).zeros
 
 
 def test_a_model_without_numbers_is_refused_by_answers_too(place):
     model, tokenizer = load_model(place / "model", device="cpu")
     model.lm_head.weight.data[0, 0] = torch.nan
-    with pytest.raises(BadInput, match="predictions are not numbers"):
-        accuracy(model, tokenizer, "gsm8k", 2, data_dir=place / "data", max_new_tokens=2)
+    refuses("predictions are not numbers", accuracy, model, tokenizer, "gsm8k", 2, data_dir=place / "data", max_new_tokens=2)
 
 
 # ---- problems and texts that are one ----
@@ -555,25 +548,21 @@ def test_problems_that_differ_in_spaces_and_case_are_one(place):
 def test_one_question_with_two_answers_is_refused(place):
     (first_row, *_), path = gsm8k_rows("train"), place / "data" / "gsm8k" / "train.jsonl"
     path.write_text(path.read_text() + json.dumps(first_row | {"answer": "I guess.\n#### 77"}) + "\n")
-    with pytest.raises(BadInput, match="asks what an earlier one asks and answers '77', not '1'"):
-        load_problems("gsm8k", "calibration", place / "data")
+    refuses("asks what an earlier one asks and answers '77', not '1'", load_problems, "gsm8k", "calibration", place / "data")
 
 
 def test_text_that_is_calibrated_on_is_not_measured_on(place):
     texts = place / "data" / "wikitext2"
     shutil.copyfile(texts / "valid.txt", texts / "test.txt")
-    with pytest.raises(BadInput, match="are calibrated on and measured on"):
-        run_job(job_in(place, calibrate_on="text", text_tokens=64), place / "new")
+    refuses("are calibrated on and measured on", run_job, job_in(place, calibrate_on="text", text_tokens=64), place / "new")
 
 
 # ---- where the result goes ----
 def test_a_name_that_nothing_can_take_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in (".", str(tmp_path)):
-        with pytest.raises(BadInput, match="is the folder that the command runs in"):
-            check_new_folder(Path(name))
-    with pytest.raises(BadInput, match="exists already|is a disk of its own"):
-        check_new_folder(Path("/proc"))
+        refuses("is the folder that the command runs in", check_new_folder, Path(name))
+    refuses("exists already|is a disk of its own", check_new_folder, Path("/proc"))
 
 
 def test_what_is_whole_is_kept_when_its_name_is_taken_meanwhile(tmp_path):
@@ -588,8 +577,7 @@ def test_what_is_whole_is_kept_when_its_name_is_taken_meanwhile(tmp_path):
 def test_two_tables_of_one_name_are_both_kept(tmp_path):
     out = tmp_path / "scores.safetensors"
     out.write_text("another's")
-    with pytest.raises(BadInput, match="is whole in scores.[0-9]+.safetensors beside it"):
-        save_beside(lambda table, path: path.write_text(table), "mine", out)
+    refuses("is whole in scores.[0-9]+.safetensors beside it", save_beside, lambda table, path: path.write_text(table), "mine", out)
     assert sorted(path.read_text() for path in tmp_path.iterdir()) == ["another's", "mine"]
 
 
@@ -630,14 +618,12 @@ def test_half_a_launch_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(BadInput, match="WORLD_SIZE is 2 and MASTER_ADDR is not set"):
-        launched_processes()
+    refuses("WORLD_SIZE is 2 and MASTER_ADDR is not set", launched_processes)
 
 
 def test_a_plan_refuses_tokens_without_an_embedding(place):
     with_few_tokens(place)
-    with pytest.raises(BadInput, match="embeddings of 200 tokens"):
-        plan(job_in(place))
+    refuses("embeddings of 200 tokens", plan, job_in(place))
 
 
 # ---- smaller ----
@@ -661,8 +647,7 @@ def test_a_file_without_permission_is_not_called_damaged(place, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(files, "safe_open", refused)
-    with pytest.raises(BadInput, match="cannot be read .Permission denied."):
-        load_model(place / "model", device="cpu")
+    refuses("cannot be read .Permission denied.", load_model, place / "model", device="cpu")
 
 
 def test_an_engine_that_does_not_start_is_one_sentence(place, monkeypatch):

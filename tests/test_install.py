@@ -1,5 +1,4 @@
 """The source distribution builds a wheel, and the wheel holds what a user needs: the modules, the lab's checkpoint, the command."""
-import configparser
 import functools
 import inspect
 import re
@@ -15,6 +14,7 @@ import yaml
 
 import cap_nb
 from conftest import ROOT
+from tools.notebooks import SETTINGS
 
 
 def tracked_files():
@@ -74,9 +74,7 @@ def test_the_lab_model_loads_from_the_wheel(built, tmp_path):
 
 def test_one_version():
     """A release names one number in every place, and the changes have a heading for it."""
-    parser = configparser.ConfigParser()
-    parser.read(ROOT / "settings.ini", encoding="utf-8")
-    version = parser["DEFAULT"]["version"]
+    version = SETTINGS["DEFAULT"]["version"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     cited, [paper] = citation["version"], citation["references"]
     newest = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[0]

@@ -11,7 +11,7 @@ from cap_nb.jobs.results import repeat_run
 from cap_nb.jobs.report import write_results
 from cap_nb.jobs.settings import SinglePruning, changed
 from cap_nb.single_steps import keep_model, prune_into
-from faults.machinery import SMALL, WORDS, contents, run_in, signalled_before
+from faults.machinery import SMALL, WORDS, contents, run_in, said_by, signalled_before
 from programs import assert_one_sentence, called
 
 METHODS = ("cap", "cap.literal", "wanda^block", "sparsegpt", "wanda@2:4^swaps", "cap.relevance")
@@ -87,12 +87,10 @@ def whole(tmp_path_factory):
     (r"mkdir models/\.sparsegpt-0\.5\.part", signal.SIGKILL), (r"open unfinished/sparsegpt-0\.5/\.loss-lab-arc\.part/losses\.csv", signal.SIGKILL)])
 def test_killed_and_gone_on(moment, number, whole, tmp_path):
     """In the midst of a solver, of saving its model, and of measuring it: the end is that of a run that nothing happened to."""
-    code, said = run_in(tmp_path / "run", signalled_before(moment, number), words=SOLVER)
-    assert code == (-number if number == signal.SIGKILL else 128 + number), said
+    said_by(run_in(tmp_path / "run", signalled_before(moment, number), words=SOLVER), -number if number == signal.SIGKILL else 128 + number)
     kept = sorted((tmp_path / "run").glob("unfinished/sparsegpt-0.5/layers/*/*"))
     assert len(kept) == (3 if number == signal.SIGTERM else 6)
-    code, said = run_in(tmp_path / "run", words=SOLVER)
-    assert code == 0 and f"Pruned models, for --model or transformers: {tmp_path / 'run/models/sparsegpt-0.5'}" in said, said
+    assert f"Pruned models, for --model or transformers: {tmp_path / 'run/models/sparsegpt-0.5'}" in said_by(run_in(tmp_path / "run", words=SOLVER))
     assert contents(tmp_path / "run") == contents(whole) and not (tmp_path / "run/unfinished").exists()
 
 

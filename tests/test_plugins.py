@@ -7,7 +7,7 @@ import typer
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from programs import FEW, assert_one_sentence as refused, called as cap
+from programs import FEW, assert_one_sentence as refused, called as cap, output_of
 from cap_nb.command_line import app
 from cap_nb.core.registry import ADDED, PLUGINS
 from cap_nb.data.problems import TASKS, TEXTS
@@ -54,9 +54,7 @@ def finished(plugin, tmp_path_factory):
     """A run that uses a criterion, an attribution, an allocation, a task and a text of the plugin."""
     out = tmp_path_factory.mktemp("runs") / "mine"
     words = ["run", "--plugin", plugin, *FEW, "--methods", METHODS, "--sparsity", "0.3", "--tasks", "sums", "--text", "notes", "--out", out]
-    result = cap(*words)
-    assert result.exit_code == 0, result.output
-    return out, result.stdout, words
+    return out, output_of(*words), words
 
 
 def test_a_run_names_what_was_added(finished):
@@ -109,12 +107,10 @@ def test_methods_and_plans_know_them(plugin):
 def test_a_pruning_and_an_evaluation(plugin, tmp_path):
     """One pruning by an own criterion, calibrated on an own task, measured on an own text; the pruned folder names the file."""
     out = tmp_path / "pruned"
-    result = cap("prune", "--plugin", plugin, "--method", "root_wanda", "--sparsity", "0.5", "--tasks", "sums", "--n", "3", "--k", "2", "--out", out, "--device", "cpu")
-    assert result.exit_code == 0, result.output
+    output_of("prune", "--plugin", plugin, "--method", "root_wanda", "--sparsity", "0.5", "--tasks", "sums", "--n", "3", "--k", "2", "--out", out, "--device", "cpu")
     record = read_record(out)
     assert record["method"] == "root_wanda" and list(record["plugins"]) == ["my.py"]
-    result = cap("eval", "--plugin", plugin, "--model", out, *FEW[4:], "--tasks", "sums", "--text", "notes")
-    assert result.exit_code == 0 and "notes perplexity" in result.stdout, result.output
+    assert "notes perplexity" in output_of("eval", "--plugin", plugin, "--model", out, *FEW[4:], "--tasks", "sums", "--text", "notes")
     refused(cap("eval", "--model", out, *FEW[4:], "--text", "notes"), "Unknown text 'notes'")
 
 
@@ -156,22 +152,18 @@ def test_a_model_of_an_own_family(tmp_path):
         settings = {name: value for name, value in lab.config.to_dict().items() if name not in ("model_type", "architectures", "transformers_version")}
         save_model(AutoModelForCausalLM.from_config(AutoConfig.for_model("other", **settings)), tokenizer, tmp_path / "model")
     words = ["--plugin", tmp_path / "family.py", "--model", tmp_path / "model"]
-    plan = cap("plan", *words, "--no-probe", *FEW[:4], "--tasks", "lab-arc")
-    assert plan.exit_code == 0 and f"{sum(weight.numel() for weight in lab.parameters()):,}" in plan.stdout, plan.output
-    pruned = cap("prune", *words, "--method", "magnitude", "--sparsity", "0.5", "--out", tmp_path / "pruned", "--device", "cpu")
-    assert pruned.exit_code == 0 and "50.0000%" in pruned.stdout, pruned.output
+    assert f"{sum(weight.numel() for weight in lab.parameters()):,}" in output_of("plan", *words, "--no-probe", *FEW[:4], "--tasks", "lab-arc")
+    assert "50.0000%" in output_of("prune", *words, "--method", "magnitude", "--sparsity", "0.5", "--out", tmp_path / "pruned", "--device", "cpu")
     job = ["--tasks", "lab-arc", "--methods", "magnitude", "--sparsity", "0.5"]
     run = cap("run", *words, *FEW, *job, "--text", "lab-text", "--out", tmp_path / "run")
     assert run.exit_code == 0 and re.search(r"^\| magnitude \| 50 %", run.stdout, re.M | re.I) and "plugins: family.py" in run.stdout, run.output
     table = cap("table", tmp_path / "run")  # its reader need not execute the family's file
     assert table.exit_code == 0 and "plugins: family.py" in table.stdout and table.stdout in run.stdout, table.output
     at_home = ["--plugin", tmp_path / "family.py"], tmp_path / "pruned"
-    speed = cap("bench", *at_home[0], at_home[1], "--batches", "1", "--prompt", "4", "--steps", "1", "--rounds", "1", "--backends", "torch", "--device", "cpu")
-    assert speed.exit_code == 0 and "pruned 50.0%" in speed.stdout, speed.output
+    assert "pruned 50.0%" in output_of("bench", *at_home[0], at_home[1], "--batches", "1", "--prompt", "4", "--steps", "1", "--rounds", "1", "--backends", "torch", "--device", "cpu")
     for shared in (["card", at_home[1]], ["publish", at_home[1], "owner/name", "--dry-run"]):
         assert cap(*shared, *at_home[0]).exit_code == 0
-    trained = cap("recover", *at_home[0], "--model", at_home[1], "--tasks", "lab-arc", "--n", "2", "--k", "1", "--steps", "1", "--device", "cpu", "--out", tmp_path / "t")
-    assert trained.exit_code == 0 and "as before" in trained.stdout, trained.output
+    assert "as before" in output_of("recover", *at_home[0], "--model", at_home[1], "--tasks", "lab-arc", "--n", "2", "--k", "1", "--steps", "1", "--device", "cpu", "--out", tmp_path / "t")
     refused(cap("bench", at_home[1]), "other")
 
 

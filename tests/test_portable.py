@@ -6,12 +6,13 @@ import re
 import signal
 from collections import namedtuple
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fixtures import contents, linked, tiny_llama, write_large
+from fixtures import contents, linked, refuses, tiny_llama, write_large
 from programs import finished
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, MixtralConfig
@@ -146,21 +147,15 @@ def killed_at(number, step):
     """Work: a step that dies at its n-th write, three bytes into it; the files of the forked process alone are such."""
     left = iter(range(number))
 
-    class Dying:
-        def __init__(self, file): self.file = file
-        def __getattr__(self, name): return getattr(self.file, name)
-        def __enter__(self): return self
-        def __exit__(self, *error): self.file.close()
-
+    class Dying(FileIO):
         def write(self, data):
             if next(left, None) is None:
-                self.file.write(bytes(data)[:3])
-                self.file.flush()
+                super().write(bytes(data)[:3])
                 os.kill(os.getpid(), signal.SIGKILL)
-            return self.file.write(data)
+            return super().write(data)
 
     def work():
-        format_module.open = lambda path, mode="r", *rest: Dying(open(path, mode, *rest)) if mode == "wb" else open(path, mode, *rest)
+        format_module.open = lambda path, mode="r", *rest: Dying(path, mode) if mode == "wb" else open(path, mode, *rest)
         step()
     return work
 
@@ -207,8 +202,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch
         save_file({name: torch.ones_like(tensor) for name, tensor in load_file(shard).items()}, shard, metadata={"format": "pt"})
         return found
     monkeypatch.setattr(format_module, "first_reading", changing)
-    with pytest.raises(BadInput, match="changed while it was read"):
-        export_folder(src, tmp_path / "small")
+    refuses("changed while it was read", export_folder, src, tmp_path / "small")
     assert not (tmp_path / "small").exists()
 
 
@@ -217,8 +211,7 @@ def test_too_little_disk_is_refused_before_work_begins(tmp_path, monkeypatch):
     export_folder(src, tmp_path / "small")
     monkeypatch.setattr(format_module.shutil, "disk_usage", lambda path: usage(1000, 0, 1000))
     for step in (lambda: export_folder(src, tmp_path / "new"), lambda: restore_folder(tmp_path / "small", tmp_path / "new")):
-        with pytest.raises(BadInput, match="the disk has 1,000 left"):
-            step()
+        refuses("the disk has 1,000 left", step)
         assert not [path for path in tmp_path.iterdir() if "new" in path.name]
 
 
@@ -267,13 +260,11 @@ def test_lists_that_do_not_fit_together(tmp_path):
     kinds = (dict(kind="delta"), dict(kind="delta", base={}), dict(base={"name": "a", "sha256": "b"}), dict(kind=["bitmask"]))
     for files, changes in (*((files, {}) for files in lists), *(([first, *rest], changes) for changes in kinds)):
         hashed(tmp_path / "small", files, **changes)
-        with pytest.raises(BadInput, match="packed.json is damaged"):
-            restore_folder(tmp_path / "small", tmp_path / "new")
+        refuses("packed.json is damaged", restore_folder, tmp_path / "small", tmp_path / "new")
     for text in ("[]", "3", "null", '{"format": "cap_nb packed folder", "version": 1}', "{", ""):
         (tmp_path / "small" / MANIFEST).write_text(text)
         (tmp_path / "small" / CHECKSUM).write_text(hashlib.sha256(text.encode()).hexdigest())
-        with pytest.raises(BadInput, match="packed.json"):
-            restore_folder(tmp_path / "small", tmp_path / "new")
+        refuses("packed.json", restore_folder, tmp_path / "small", tmp_path / "new")
     assert not [left for left in tmp_path.iterdir() if "new" in left.name]
 
 
@@ -283,10 +274,8 @@ def test_a_delta_inside_a_bitmask_is_damage(tmp_path):
     export_folder(src, tmp_path / "delta", "delta", tmp_path / "base")
     manifest = read_manifest(tmp_path / "delta")
     hashed(tmp_path / "delta", manifest.files)
-    with pytest.raises(BadInput, match="is damaged"):
-        restore_folder(tmp_path / "delta", tmp_path / "new")
-    with pytest.raises(BadInput, match="is damaged"):
-        load_model(str(tmp_path / "delta"))
+    refuses("is damaged", restore_folder, tmp_path / "delta", tmp_path / "new")
+    refuses("is damaged", load_model, str(tmp_path / "delta"))
 
 
 # Memory

@@ -4,11 +4,12 @@ import logging
 
 import pytest
 import torch
+import transformers
 from hub import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from cap_nb.core import files
-from cap_nb.core.errors import BadInput
+from fixtures import refuses
 from cap_nb.models.anatomy import anatomy
 from cap_nb.models.lab import lab_tokenizer
 from cap_nb.models.loading import load_model, load_tokenizer
@@ -57,6 +58,15 @@ def test_load_model_reads_it(tmp_path, kind, tied):
     assert short.model.rotary_emb.inv_freq.dtype == torch.float32, "rotations are as exact as in a model that was saved"
 
 
+def test_rotations_that_transformers_does_not_read_are_refused(tmp_path):
+    """It would read them as plain ones, and every logit would be another model's."""
+    kind = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    new = transformers.__version__ >= "5"
+    rotation = {"rope_parameters": kind | {"rope_theta": 10000.0}} if new else {"rope_theta": 10000.0, "rope_scaling": kind}
+    export_gguf(saved(tmp_path / "src", **rotation), tmp_path / "x.gguf")
+    refuses("has scaled rotations", load_model, str(tmp_path / "x.gguf"), device="cpu")
+
+
 def test_eight_bits_are_dequantised_with_a_note(tmp_path, caplog):
     folder = saved(tmp_path / "src")
     export_gguf(folder, tmp_path / "tiny.gguf", "q8_0")
@@ -72,8 +82,7 @@ def test_eight_bits_are_dequantised_with_a_note(tmp_path, caplog):
 
 def test_a_file_without_a_tokenizer_is_a_sentence(tmp_path):
     export_gguf(saved(tmp_path / "src", tokenizer=lab_tokenizer(), vocab_size=711), tmp_path / "x.gguf")
-    with pytest.raises(BadInput, match="has no tokenizer"):
-        load_model(str(tmp_path / "x.gguf"), device="cpu")
+    refuses("has no tokenizer", load_model, str(tmp_path / "x.gguf"), device="cpu")
 
 
 SLOWED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10_000.0}

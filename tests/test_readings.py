@@ -7,11 +7,10 @@ import pytest
 import torch
 import typer
 from conftest import DATA, ROOT, needs_data
-from fixtures import made_up_calibration, tiny_llama
+from fixtures import made_up_calibration, refuses, tiny_llama
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from cap_nb.command_line import app
-from cap_nb.core.errors import BadInput
 from cap_nb.core.files import read_checked, read_tensors, write_checked, write_tensors
 from cap_nb.data.problems import CALIBRATED, FRESH, load_problems, task_title
 from cap_nb.data.prompts import collate
@@ -76,8 +75,7 @@ def test_a_table_of_before_is_read_as_before_and_gains_its_counts_from_the_calib
     tensors, about = read_tensors(stored)
     for wrong in (losses.tokens[:2], losses.tokens * 0, losses.tokens.double()):
         write_tensors(stored, tensors | {"tokens": wrong}, about)
-        with pytest.raises(BadInput, match="target tokens"):
-            load_losses(stored)
+        refuses("target tokens", load_losses, stored)
 
 
 # PyTorch's slices
@@ -103,8 +101,7 @@ def test_the_literal_reading_is_the_literal_layout_in_memory_and_streamed(tmp_pa
                                              (lambda: tiny_llama(GPTNeoXConfig, hidden_size=24, num_key_value_heads=4), "separate query, key, value and output")])
 def test_slices_that_do_not_fit_are_refused_before_a_weight_changes(build, sentence):
     model, heads = build(), torch.ones(3, 4)
-    with pytest.raises(BadInput, match=sentence):
-        prune(model, "cap.literal", 0.5, heads)
+    refuses(sentence, prune, model, "cap.literal", 0.5, heads)
     assert not zeros_of(model).any()
     region_factors(model, Factors(heads)) # the heads' own fit every family
 
@@ -142,8 +139,7 @@ def test_single_steps_read_the_table_as_the_method_says(tmp_path):
 
 def test_a_part_of_a_table_is_not_pooled():
     for change in (dict(methods=("cap.pooled",), aggregation="mean"), dict(aggregation="pooled-mean")):
-        with pytest.raises(BadInput, match="budget"):
-            check_job(changed(SMALL, budget=0.5, **change))
+        refuses("budget", check_job, changed(SMALL, budget=0.5, **change))
     check_job(changed(SMALL, budget=0.5, aggregation="mean", methods=("cap.literal",)))
 
 
@@ -177,10 +173,8 @@ def test_validation_never_reaches_them_and_a_run_that_answers_them_leaves_them_o
     assert spared_problems(job) == fresh and not spared_problems(changed(job, accuracy_tasks=("gsm8k",)))
     assert spared_problems(changed(job, accuracy_tasks=("gsm8k",), spare=(FRESH,))) == fresh
     assert {problem.uid for problem in drawn_problems(job, FRESH, 1000, frozenset({"other"}))} == fresh
-    with pytest.raises(BadInput, match="2 problems of the calibration set are among .* with --spare gsm8k_fresh"):
-        drawn_problems(job, FRESH, 10, frozenset(sorted(fresh)[:2]) | {"other"})
-    with pytest.raises(BadInput, match="no problems for calibration"):
-        load_problems(FRESH, "calibration", DATA)
+    refuses("2 problems of the calibration set are among .* with --spare gsm8k_fresh", drawn_problems, job, FRESH, 10, frozenset(sorted(fresh)[:2]) | {"other"})
+    refuses("no problems for calibration", load_problems, FRESH, "calibration", DATA)
 
 
 @needs_data
@@ -223,17 +217,14 @@ def test_a_plan_names_methods_measures_and_commands_that_are_there(plan):
 def test_a_plan_that_was_edited_or_asks_for_nothing_is_refused(tmp_path):
     path = tmp_path/"plan.json"
     path.write_text(PLAN.read_text().replace("0.2", "0.3", 1))
-    with pytest.raises(BadInput, match="checksum"):
-        read_families(path)
+    refuses("checksum", read_families, path)
     about = read_checked(PLAN)
     model, family = next(iter(about["families"].items()))
     for change, sentence in (({"pairs": [["cap", "wander"]]}, "Unknown method"), ({"sparsities": [1.5]}, "outside"), ({"measures": [3]}, "is not a plan"),
                              ({"pairs": [["cap"]]}, "is not a plan")):
         write_checked(path, {"families": {model: family | change}})
-        with pytest.raises(BadInput, match=sentence):
-            read_families(path)
-    with pytest.raises(BadInput, match="Unknown reading"):
-        read_families(PLAN)[model].keys("cap@matrix")
+        refuses(sentence, read_families, path)
+    refuses("Unknown reading", read_families(PLAN)[model].keys, "cap@matrix")
 
 
 @needs_data

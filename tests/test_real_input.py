@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cap_nb.calibration import calibration_set, overlap
-from cap_nb.core.errors import BadInput
+from fixtures import refuses
 from cap_nb.data.problems import load_problems, load_text
 from cap_nb.data.prompts import extract_answer, same_answer, token_batches
 from cap_nb.evaluation import evaluation_problems
@@ -45,8 +45,7 @@ def test_what_is_answered_only(task, least):
     problems = load_problems(task, "evaluation", DATA)
     assert len(problems) >= least and len({p.uid for p in problems}) == len(problems)
     assert all(p.question and p.answer and bool(p.solution) == (task == "math500") and "The answer is:" not in p.solution for p in problems)
-    with pytest.raises(BadInput, match=f"{task} has no problems for calibration"):
-        calibration_set(load_model("lab", device="cpu")[1], tasks=(task,), n=1, k=1, data_dir=DATA)
+    refuses(f"{task} has no problems for calibration", calibration_set, load_model("lab", device="cpu")[1], tasks=(task,), n=1, k=1, data_dir=DATA)
     some = frozenset(p.uid for p in problems[:3])
     assert len(evaluation_problems(task, data_dir=DATA, exclude=some)) == len(problems) - 3
 

@@ -17,7 +17,7 @@ from cap_nb.data.problems import Problem, load_problems
 from cap_nb.data.prompts import target_text
 from cap_nb.data.prompts import extract_answer
 from cap_nb.evaluation import AnswerRecord
-from cap_nb.core.errors import BadInput
+from fixtures import refuses
 from conftest import DATA, needs_data
 
 LABELLED = json.loads((Path(__file__).parent / "hand_labelled.json").read_text(encoding="utf-8"))
@@ -173,5 +173,4 @@ def test_reports_side_by_side():
     ax = plot_error_mixture(category_shares(reports, "lab-arc"), title="ARC")
     assert [label.get_text() for label in ax.get_legend().get_texts()] == ["incoherent", "right"]
     assert {round(bar.get_height()) for bar in ax.patches} == {0, 100} and ax.get_title() == "ARC"
-    with pytest.raises(BadInput, match="has no answers to gsm8k"):
-        category_shares(reports, "gsm8k")
+    refuses("has no answers to gsm8k", category_shares, reports, "gsm8k")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from proofs import TINY_MODELS, tiny_calibration, tiny_model
 
-from cap_nb.core.errors import BadInput
+from fixtures import refuses
 from cap_nb.methods.attributions import (
     PRODUCT_RULES, clamped_rule, differentiable, gold_logits, head_relevance, relevance_rules)
 from cap_nb.models.anatomy import decoder_layers, final_norm
@@ -45,8 +45,7 @@ def arriving(model, batch, attention, monkeypatch):
 def test_a_product_without_a_rule_is_refused(monkeypatch):
     model, batch = first_batch("gpt_oss")
     monkeypatch.delitem(PRODUCT_RULES, clamped_product)
-    with pytest.raises(BadInput, match="model.layers.0.mlp multiplies gate and up in its own way"):
-        head_relevance(model, batch)
+    refuses("model.layers.0.mlp multiplies gate and up in its own way", head_relevance, model, batch)
     assert hook_count(model) == 0
 
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from programs import called as cap
-from cap_nb.core.errors import BadInput
+from programs import called as cap, output_of
+from fixtures import refuses
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.data.lab_world import lab_text
 from cap_nb.jobs.job import prepare, run_job
@@ -26,8 +26,7 @@ def run(tmp_path_factory):
 def test_a_packed_run_is_repeated_to_the_bit(run, tmp_path):
     shutil.copytree(run, tmp_path / "packed")
     pack_run(tmp_path / "packed")
-    said = cap("repeat", tmp_path / "packed", "--out", tmp_path / "again")
-    assert said.exit_code == 0, said.output
+    output_of("repeat", tmp_path / "packed", "--out", tmp_path / "again")
     table = compare_repeated(load_run(run), load_run(tmp_path / "again"))
     assert table["compared"].tolist() == table["equal"].tolist() and {"accuracy", "loss"} <= set(table["what"])
 
@@ -64,8 +63,7 @@ def test_another_text_is_calibrated_on_than_measured_on(tmp_path):
         assert [e.input_ids for e in ready.calibration.examples] == [e.input_ids for e in of_lab.examples], "the words are the same"
         assert prepare(job_of(ready.configuration)).configuration == ready.configuration
         assert "--calibration-text own" in command_of(ready.configuration) and "--text " not in command_of(ready.configuration)
-    with pytest.raises(BadInput, match="--calibration-text lab-text was given, and no text is calibrated on"):
-        prepare(changed(SMALL, calibration_text="lab-text"))
+    refuses("--calibration-text lab-text was given, and no text is calibrated on", prepare, changed(SMALL, calibration_text="lab-text"))
 
 
 @pytest.mark.parametrize("settings", [

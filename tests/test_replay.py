@@ -13,7 +13,7 @@ from execnb.shell import CaptureShell
 
 import cap_nb
 from conftest import ROOT
-from notebooks_on_disk import SOURCES, cells, label, module_of, notebooks_tool, skipped_flags
+from notebooks_on_disk import SOURCES, cells, label, module_of, notebooks_tool
 
 IMPORT_ALL = """import {name} as _replayed
 globals().update({{k: v for k, v in vars(_replayed).items() if not k.startswith('__')}})"""
@@ -21,7 +21,7 @@ globals().update({{k: v for k, v in vars(_replayed).items() if not k.startswith(
 
 def replay(path):
     """Run a notebook against its module; gives the shell and how many exported cells were replaced."""
-    shell, replaced, flags = CaptureShell(path), 0, skipped_flags()
+    shell, replaced, flags = CaptureShell(path), 0, notebooks_tool.FLAGS
     for cell in cells(path):
         if cell.kind != "code" or notebooks_tool.is_skipped(cell.source, flags):
             continue

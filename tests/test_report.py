@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from cap_nb.analysis import method_table
-from cap_nb.core.errors import BadInput
+from fixtures import refuses
 from cap_nb.core.files import read_checked, sha256_of_file
 from cap_nb.core.plots import figure_bytes
 from cap_nb.jobs.records import REPORT, check_continues, job_of, load_run, pack_run, packed_texts, unpack_run
@@ -88,12 +88,10 @@ def test_another_seed_is_refused_by_its_option(run, tmp_path):
     """A record names no seed where it is 0, with problems or with a text alone."""
     for kept in (run.configuration, changed_data(run.configuration, accuracy={}, loss={})):
         asked = kept | {"evaluation": kept["evaluation"] | {"seed": 3}}
-        with pytest.raises(BadInput, match="--seed is 3, the run in this folder has 0"):
-            check_continues(tmp_path, kept, asked)
+        refuses("--seed is 3, the run in this folder has 0", check_continues, tmp_path, kept, asked)
         drawn_otherwise = kept | {"calibration": kept["calibration"] | {"seed": 1}}
         assert (job_of(drawn_otherwise).calibrate.seed, job_of(drawn_otherwise).calibrate.calibration_seed) == (0, 1)
-        with pytest.raises(BadInput, match="--seed is 3, the run in this folder has 0:"):
-            check_continues(tmp_path, drawn_otherwise, drawn_otherwise | {"evaluation": asked["evaluation"]})
+        refuses("--seed is 3, the run in this folder has 0:", check_continues, tmp_path, drawn_otherwise, drawn_otherwise | {"evaluation": asked["evaluation"]})
 
 
 def changed_data(configuration, **parts):

@@ -9,10 +9,10 @@ from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
-from fixtures import made_up_calibration, tiny_llama
+from fixtures import made_up_calibration, refuses, tiny_llama
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, MixtralConfig
 
-from programs import called as cap
+from programs import called as cap, output_of as done
 from cap_nb.core.errors import BadInput
 from cap_nb.data.problems import load_problems
 from cap_nb.data.prompts import encode_problem
@@ -30,12 +30,6 @@ from cap_nb.threshold import prune_report
 from conftest import ROOT
 
 FEW = ["--n", "2", "--k", "1", "--tasks", "lab-arc", "--device", "cpu"]
-
-
-def done(*words):
-    result = cap(*words)
-    assert result.exit_code == 0, f"{result.output} {result.exception!r}"
-    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +85,8 @@ def test_packing_keeps_the_key_and_the_card(place, tmp_path):
     assert {file.name for file in upload.files} == {path.name for path in (tmp_path / "small").iterdir()}
     shard = next((tmp_path / "small").glob("*.packed.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
-    with pytest.raises(BadInput, match="is damaged"):
-        publish(tmp_path / "small", "owner/name", dry_run=True)
-    with pytest.raises(BadInput, match="is packed"):
-        model_card(tmp_path / "small")
+    refuses("is damaged", publish, tmp_path / "small", "owner/name", dry_run=True)
+    refuses("is packed", model_card, tmp_path / "small")
 
 
 def test_a_base_gives_away_no_path(tmp_path, monkeypatch):
@@ -198,17 +190,14 @@ def test_the_card_says_what_is_true(place):
 def test_a_checkpoint_that_is_not_whole_is_not_uploaded(place, tmp_path, monkeypatch):
     folder = shutil.copytree(place / "half", tmp_path / "copy")
     monkeypatch.setattr(sharing, "HUB_LIMIT", 1_000_000)
-    with pytest.raises(BadInput, match="model.safetensors has 8,229,704 bytes"):
-        publish(folder, "owner/name", dry_run=True)
+    refuses("model.safetensors has 8,229,704 bytes", publish, folder, "owner/name", dry_run=True)
     monkeypatch.undo()
     (folder / "gone").symlink_to(folder / "nowhere")
-    with pytest.raises(BadInput, match="gone is a broken link"):
-        publish(folder, "owner/name", dry_run=True)
+    refuses("gone is a broken link", publish, folder, "owner/name", dry_run=True)
     (folder / "gone").unlink()
     with open(folder / "model.safetensors", "rb+") as file:
         file.truncate(5_000_000)
-    with pytest.raises(BadInput, match="is damaged or no safetensors file"):
-        publish(folder, "owner/name", dry_run=True)
+    refuses("is damaged or no safetensors file", publish, folder, "owner/name", dry_run=True)
 
 
 def test_an_upload_is_what_the_dry_run_said(place, monkeypatch):

@@ -6,11 +6,10 @@ from contextlib import ExitStack
 import pytest
 import torch
 import transformers
-from fixtures import tiny_llama
+from fixtures import refuses, tiny_llama
 from proofs import TINY_MODELS, tiny_model
 from transformers import AutoModelForCausalLM
 
-from cap_nb.core.errors import BadInput
 from cap_nb.methods.neurons import masked_neurons
 from cap_nb.models.anatomy import anatomy, key_value_head_of
 from cap_nb.models.families import FAMILIES
@@ -60,13 +59,11 @@ def assert_masking(model, kept, groups_kept, folder):
 def test_neurons_go(name, tmp_path):
     model = tiny_model(name)
     if kind_of(name) in MIXTURES:
-        with pytest.raises(BadInput, match="with experts cannot be shrunk|has latent attention and cannot be shrunk"):
-            widths_of(model)
+        refuses("with experts cannot be shrunk|has latent attention and cannot be shrunk", widths_of, model)
         return
     neurons, groups = widths_of(model)
     if kind_of(name) in NEURONS_STAY:
-        with pytest.raises(BadInput, match="no setting for the width of its MLP"):
-            shrink(model, *drawn_scores(model), neurons - 3)
+        refuses("no setting for the width of its MLP", shrink, model, *drawn_scores(model), neurons - 3)
     else:
         assert_masking(model, neurons - 3, groups, tmp_path / "small")
 
@@ -78,8 +75,7 @@ def test_key_value_heads_go(name, tmp_path):
     if groups == 1:
         pytest.skip("there is one key-value head, and it stays")
     if kind_of(name) in HEADS_STAY or kind_of(name) == "cohere" and model.config.use_qk_norm:
-        with pytest.raises(BadInput, match="key-value heads"):
-            shrink(model, *drawn_scores(model), neurons, 1)
+        refuses("key-value heads", shrink, model, *drawn_scores(model), neurons, 1)
     else:
         assert_masking(model, neurons, 1, tmp_path / "small")
 
@@ -101,7 +97,6 @@ def test_a_number_of_heads_that_a_configuration_does_not_take_is_a_sentence():
     """Llama's configuration wants the hidden size to be a multiple of the heads; transformers 4 does not ask."""
     model = tiny_llama(hidden_size=24, num_attention_heads=6, num_key_value_heads=6)
     if int(transformers.__version__.split(".")[0]) >= 5:
-        with pytest.raises(BadInput, match="cannot have 5 of 6 key-value heads"):
-            shrink(model, *drawn_scores(model), 20, 5)
+        refuses("cannot have 5 of 6 key-value heads", shrink, model, *drawn_scores(model), 20, 5)
     else:
         assert widths_of(shrink(model, *drawn_scores(model), 20, 5)) == (20, 5)

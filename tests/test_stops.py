@@ -11,7 +11,7 @@ from cap_nb.core.errors import BadInput
 from cap_nb.core.files import alone_in, resumed_folder
 from cap_nb.core.stopping import NOTHING_KEPT, STOPPED
 from cap_nb.jobs.settings import Job, SinglePruning, changed
-from faults.machinery import ended, signalled_before, watched
+from faults.machinery import ended, said_by, signalled_before, watched
 from fixtures import contents
 from programs import Program, assert_one_sentence, called, cap
 
@@ -71,8 +71,7 @@ def test_a_solver_goes_on_at_its_layer(method, number, small_lab, tmp_path):
     assert pruned(tmp_path / "whole", method, model=small_lab)[0] == 0
     for change, layers in (("open", 2), ("rename", 3)):
         moment = rf"{change} \.unfinished/layers/\w+/\.layer-00{layers}\.safetensors\.part"
-        code, said = pruned(out, method, signalled_before(moment, number), small_lab)
-        assert code == (-number if number == signal.SIGKILL else 128 + number), said
+        said = said_by(pruned(out, method, signalled_before(moment, number), small_lab), -number if number == signal.SIGKILL else 128 + number)
         if number != signal.SIGKILL:
             assert said.strip().splitlines()[-1] == f"cap: {BOTH if '+kl' in method else LAYERS}" and "Traceback" not in said
         assert not out.exists() and len(list(kept.rglob("layer-*.safetensors"))) == layers

@@ -6,9 +6,9 @@ import pytest
 import typer
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
-from programs import called as cap
+from programs import called as cap, output_of
 from cap_nb.command_line import app, known_options
-from cap_nb.core.errors import BadInput
+from fixtures import refuses
 from cap_nb.jobs.job import run_job
 from cap_nb.jobs.records import load_run, pack_run, read_run, unpack_run
 from cap_nb.jobs.results import compare_runs
@@ -39,8 +39,7 @@ def written(folder, text):
 def sweep(tmp_path_factory):
     """Two runs; the command line changes one option of the file."""
     folder = tmp_path_factory.mktemp("sweep")
-    result = cap("run", "--config", written(folder, SMALL), "--k", 2, "--out", folder / "out")
-    assert result.exit_code == 0, result.output
+    output_of("run", "--config", written(folder, SMALL), "--k", 2, "--out", folder / "out")
     return folder
 
 
@@ -58,8 +57,7 @@ def test_a_budget_in_a_file_takes_means_as_on_the_command_line(tmp_path):
     for text, how in (("budget: [0.3, 0.5]", "mean"), ("n: 3", Job().prune.aggregation)):
         jobs = sweep_jobs(read_config(written(tmp_path, text), known), known, Job())
         assert {job.prune.aggregation for job in jobs.values()} == {how}
-    with pytest.raises(BadInput, match="takes medians of whole subsets"):
-        sweep_jobs(read_config(written(tmp_path, "budget: 0.3\naggregation: paper"), known), known, Job())
+    refuses("takes medians of whole subsets", sweep_jobs, read_config(written(tmp_path, "budget: 0.3\naggregation: paper"), known), known, Job())
 
 
 def test_what_a_sweep_leaves(sweep):
@@ -74,9 +72,8 @@ def test_what_a_sweep_leaves(sweep):
 
 
 def test_runs_of_a_sweep_compared(sweep, tmp_path):
-    result = cap("compare", sweep / "out" / "n=3", sweep / "out" / "n=4", "--methods", "cap", "--out", tmp_path / "kept")
-    assert result.exit_code == 0, result.output
-    assert "| n=4: CAP | n=3: CAP | 50 % | Lab ARC-C. loss |" in result.stdout
+    said = output_of("compare", sweep / "out" / "n=3", sweep / "out" / "n=4", "--methods", "cap", "--out", tmp_path / "kept")
+    assert "| n=4: CAP | n=3: CAP | 50 % | Lab ARC-C. loss |" in said
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["comparison.csv", "comparison.md", "comparison.png", "sources.json"]
     [comparison] = compare_runs([sweep / "out" / "n=3", sweep / "out" / "n=4"], ["cap"]).values()
     losses = [{r.uid: r.loss for e in load_run(sweep / "out" / name).evaluations if e.method == "cap" for r in e.losses} for name in ("n=4", "n=3")]
@@ -86,8 +83,8 @@ def test_runs_of_a_sweep_compared(sweep, tmp_path):
 
 def test_a_method_with_a_pattern_is_compared():
     """A method's name may hold @ and a colon; it is given by an option and cannot be taken for anything else."""
-    result = cap("compare", ROOT / "figures/held_out/lab/0", "--methods", "cap@2:4", "--against", "wanda@2:4", "--format", "csv")
-    assert result.exit_code == 0 and result.stdout.splitlines()[1].startswith("cap@2:4,wanda@2:4,0.5,Lab GSM8K loss,"), result.output
+    said = output_of("compare", ROOT / "figures/held_out/lab/0", "--methods", "cap@2:4", "--against", "wanda@2:4", "--format", "csv")
+    assert said.splitlines()[1].startswith("cap@2:4,wanda@2:4,0.5,Lab GSM8K loss,"), said
 
 
 def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
@@ -108,8 +105,7 @@ class NoLogin(GeneralTracker):
 
 def test_a_tracker_that_does_not_start(tmp_path):
     with tracked(NoLogin(), tmp_path) as follow:
-        with pytest.raises(BadInput, match="did not start .PermissionError.*log in to it"):
-            follow({"model": {"name": "lab"}, "methods": [], "sparsities": []})
+        refuses("did not start .PermissionError.*log in to it", follow, {"model": {"name": "lab"}, "methods": [], "sparsities": []})
 
 
 @pytest.mark.skipif("wandb" not in map(str, get_available_trackers()), reason="wandb is not installed")

@@ -22,6 +22,9 @@ from nbclient.exceptions import CellExecutionError
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ROOT / "nbs" / "order.txt"
 WIDGET = "application/vnd.jupyter.widget-view+json"
+SETTINGS = configparser.ConfigParser()
+SETTINGS.read(ROOT / "settings.ini", encoding="utf-8")
+FLAGS = set(SETTINGS["DEFAULT"]["tst_flags"].split())  # Of the cells that are passed over
 
 
 def floors() -> dict[str, int | None]:
@@ -97,9 +100,7 @@ def main() -> None:
     parser.add_argument("notebooks", nargs="*", type=Path)
     parser.add_argument("--flags", default="", help="flags to run that are passed over otherwise, for example: slow")
     asked = parser.parse_args()
-    settings = configparser.ConfigParser()
-    settings.read(ROOT / "settings.ini", encoding="utf-8")
-    flags = set(settings["DEFAULT"]["tst_flags"].split()) - set(asked.flags.split())
+    flags = FLAGS - set(asked.flags.split())
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     os.environ.update(TQDM_DISABLE="1", PYTHONWARNINGS="ignore:IProgress not found", PYTHONPATH=paths)
     os.environ.pop("MPLBACKEND", None)  # a backend set from outside would keep the pictures out of the notebooks

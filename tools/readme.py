@@ -13,38 +13,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def processed_index():
-    """The index as a notebook node, with nbdev's directives applied."""
+def readme() -> str:
+    """The README's whole text."""
     import nbformat
     from execnb.nbio import nb2str, read_nb
+    from nbconvert import MarkdownExporter
     from nbdev.process import NBProcessor
     from nbdev.processors import clean_magics, hide_, hide_line, rm_export, strip_ansi
 
     notebook = read_nb(ROOT / "nbs" / "index.ipynb")
     NBProcessor(nb=notebook, procs=[strip_ansi, hide_line, clean_magics, rm_export, hide_], process=True)
-    return nbformat.reads(nb2str(notebook), as_version=4)
-
-
-def links_from_the_top(text: str) -> str:
-    """Rewrite links that are relative to nbs/ so that they hold in the top folder."""
-    def moved(match):
-        target = match[2]
-        if re.match(r"[a-z]+:|#|/", target):
-            return match[0]
-        return match[1] + os.path.normpath(os.path.join("nbs", target)).replace(os.sep, "/") + match[3]
-
-    return re.sub(r"(\]\()([^)\s]+)(\))", moved, text)
-
-
-def readme() -> str:
-    """The README's whole text."""
-    from nbconvert import MarkdownExporter
-
-    text, resources = MarkdownExporter(exclude_input=True).from_notebook_node(processed_index())
+    text, resources = MarkdownExporter(exclude_input=True).from_notebook_node(nbformat.reads(nb2str(notebook), as_version=4))
     if resources.get("outputs"):
         sys.exit("nbs/index.ipynb has a picture among its outputs, which a README cannot show: "
                  "save it under figures/ and link to it in a Markdown cell.")
-    text = links_from_the_top(text)
+    text = re.sub(r"(?<=\]\()(?![a-z]+:|#|/)[^)\s]+(?=\))", lambda link: os.path.normpath(f"nbs/{link[0]}"), text)
     text = "\n".join(line.rstrip() for line in text.splitlines())
     text = re.sub(r"\n{3,}", "\n\n", text).strip()
     return "<!-- Made from nbs/index.ipynb by `make readme`; edit the notebook. -->\n\n" + text + "\n"

@@ -45,7 +45,6 @@ def make_current(device: torch.device) -> None:
     if module := module_of(device): module.set_device(device)
 
 def device_name(device: torch.device) -> str: # As in "x86_64", or the name of the GPU
-    "What the device calls itself."
     if module := module_of(device): return module.get_device_name(device)
     return platform.processor() or platform.machine()
 

@@ -125,8 +125,16 @@ def type_adapter(kind: object) -> "TypeAdapter":
         return InstanceOf[origin] if isinstance(origin, type) and origin not in (object, Any) else Any
     return TypeAdapter(read(kind))
 
+PLAIN = frozenset({int, float, bool, str, type(None)}) # Types that hold nothing else
+
+@functools.cache
+def plain_kinds(kind: object) -> frozenset:
+    "The plain types that an annotation allows: what is of one fits, and pydantic need not be asked."
+    return PLAIN.intersection(get_args(kind) if get_origin(kind) in (Union, UnionType) else [kind])
+
 def fits(value: object, kind: object) -> bool:
     "Whether a value is what an annotation says."
+    if type(value) in plain_kinds(kind) and (type(value) is not str or value.isascii()): return True
     from pydantic import ValidationError
     try: type_adapter(kind).validate_python(value)
     except ValidationError: return False
@@ -161,7 +169,7 @@ def fields_in(value: object, what: str) -> Iterator[tuple[object, object, str]]:
             content = getattr(each, field.name, field.default)
             if content is field.default: continue
             yield content, field.type, f"{field.name} of {type(each).__name__}, {what}"
-            yield from fields_in(content, what)
+            if type(content) not in PLAIN: yield from fields_in(content, what) # a table has a million of them
 
 def check_fields(value: V) -> V:
     "Raise TypeError unless its fields, and theirs, are of the kinds that they are annotated as."

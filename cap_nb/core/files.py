@@ -21,7 +21,6 @@ from cap_nb.core.errors import BadInput, fits, lacks_memory
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) # Disk full, quota used up, file size limit reached
 
 def is_disk_full(error: BaseException) -> bool:
-    "Whether an error means that there was no room on the disk."
     if getattr(error, "errno", None) in DISK_FULL: return True
     number = re.search(r"os error (\d+)", str(error)) # as safetensors writes it
     return number is not None and int(number[1]) in DISK_FULL
@@ -232,7 +231,6 @@ def sha256_of_file(path: str | Path, digest: "hashlib._Hash | None" = None) -> s
     return digest.hexdigest()
 
 def sha256_of_text(text: str) -> str:
-    "SHA-256 of a text in UTF-8, in hexadecimal digits."
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 def text_bytes(path: str | Path) -> bytes:

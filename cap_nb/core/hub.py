@@ -118,12 +118,6 @@ class Wanted:
     complete: Callable[[Path], bool] # Whether a folder of the cache holds all of them
     instead: str # What the user could do without the hub, as in "give a folder"
 
-def cached_folder(repository: Repository, wanted: Wanted) -> Path | None:
-    "The folder of the commit that the cache knows; None unless all that is wanted is there."
-    first = try_to_load_from_cache(
-        repository.name, wanted.first, revision=repository.revision, repo_type=repository.kind)
-    return Path(first).parent if isinstance(first, str) and wanted.complete(Path(first).parent) else None
-
 log = logging.getLogger(__name__)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -149,7 +143,9 @@ def downloaded(repository: Repository, wanted: Wanted) -> Path:
 def folder_from_hub(repository: Repository, wanted: Wanted) -> Path:
     "The files of a repository, from the cache if they are there; out of reach or damaged raises `BadInput`."
     with asking_the_hub(repository, wanted.instead):
-        here = cached_folder(repository, wanted)
+        first = try_to_load_from_cache(
+            repository.name, wanted.first, revision=repository.revision, repo_type=repository.kind)
+        here = Path(first).parent if isinstance(first, str) and wanted.complete(Path(first).parent) else None
         if here is None or not COMMIT.fullmatch(repository.revision or ""):
             try: here = downloaded(repository, wanted)
             except Exception as error:

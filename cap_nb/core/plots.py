@@ -72,12 +72,10 @@ BLUE = "#CDE7F7" # What counts, what is a head's own
 
 def draw_box(ax: Axes, corner: tuple[float, float], size: tuple[float, float], text: str = "", fontsize: float = 9,
              **look) -> None:
-    "A box with a text in its middle."
     ax.add_patch(Rectangle(corner, *size, **({"facecolor": "white", "edgecolor": INK, "linewidth": 0.8} | look)))
     ax.text(corner[0] + size[0] / 2, corner[1] + size[1] / 2, text, ha="center", va="center", fontsize=fontsize)
 
 def blank_drawing(size: tuple[float, float], x: tuple[float, float], y: tuple[float, float]) -> tuple[Figure, Axes]:
-    "An empty figure without axes."
     figure, panels = blank_figure(1, 1, size)
     panels[0, 0].set(xlim=x, ylim=y)
     panels[0, 0].axis("off")

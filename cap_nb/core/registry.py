@@ -15,24 +15,17 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 class Registry(MutableMapping[str, T]):
-    "Entries by name, in the order in which they came; a text 'module:name' is looked up when it is first used."
-    def __init__(self, *modules: str) -> None:
-        self.modules, self.entries = modules, {}
-    def filled(self) -> dict[str, T | str]:
+    "Entries by name, in the order in which they came; the modules that fill it are imported when it is first read."
+    def __init__(self, *modules: str) -> None: self.modules, self.entries = modules, {}
+    def filled(self) -> dict[str, T]:
         "The entries, with those of its modules."
         while self.modules:
             importlib.import_module(self.modules[0])
             self.modules = self.modules[1:]
         return self.entries
-    def __getitem__(self, name: str) -> T:
-        entry = self.filled()[name]
-        if isinstance(entry, str):
-            module, _, attribute = entry.partition(":")
-            entry = self.entries[name] = getattr(importlib.import_module(module), attribute)
-        return entry
-    def __setitem__(self, name: str, entry: T | str) -> None: self.entries[name] = entry
+    def __getitem__(self, name: str) -> T: return self.filled()[name]
+    def __setitem__(self, name: str, entry: T) -> None: self.entries[name] = entry
     def __delitem__(self, name: str) -> None: del self.entries[name]
-    def __contains__(self, name: object) -> bool: return name in self.filled()
     def __iter__(self) -> Iterator[str]: return iter(self.filled())
     def __len__(self) -> int: return len(self.filled())
 
@@ -56,8 +49,7 @@ RECOVERIES: Registry[Any] = Registry("cap_nb.methods.prune") # What repairs a la
 SOLVERS: Registry[Any] = Registry("cap_nb.methods.prune") # What chooses zeros and changes the weights that stay
 TASKS: Registry[Any] = Registry("cap_nb.data.problems")
 FAMILIES: Registry[Any] = Registry("cap_nb.models.families") # model_type -> where the parts of a model lie
-LOADERS: Registry[FolderLoader] = Registry() # File in a folder -> how the folder is opened
-LOADERS["packed.json"] = "cap_nb.portable.format:LOADER"
+LOADERS: Registry[FolderLoader] = Registry("cap_nb.portable.format") # File in a folder -> how the folder is opened
 FORMATS: Registry[ExportFormat] = Registry("cap_nb.portable.format", "cap_nb.portable.quantised") # Of `cap export`
 
 # %% ../../nbs/core/05_registry.ipynb #61f32b45

@@ -88,11 +88,9 @@ def sizes_of(config: object, name: str, source: str) -> Sizes:
 def published(model_type: str, shape: tuple[int, int, int, int], vocabulary: int, context: int,
               **more: object) -> dict[str, object]:
     "The configuration of a model, with eight key-value heads and in bfloat16 unless told otherwise."
-    hidden, mlp, layers, heads = shape
-    usual = dict(num_key_value_heads=8, dtype="bfloat16")
-    return usual | dict(model_type=model_type, vocab_size=vocabulary, max_position_embeddings=context,
-                        hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
-                        num_attention_heads=heads, tie_word_embeddings=False) | more
+    sizes = zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), shape)
+    return dict(sizes, model_type=model_type, vocab_size=vocabulary, max_position_embeddings=context,
+                num_key_value_heads=8, dtype="bfloat16", tie_word_embeddings=False) | more
 
 LLAMA, MISTRAL = "meta-llama/Meta-Llama-3-8B-Instruct", "mistralai/Mistral-7B-Instruct-v0.2"
 LLAMA_70B, MIXTRAL = "meta-llama/Meta-Llama-3-70B-Instruct", "mistralai/Mixtral-8x22B-v0.1"
@@ -313,7 +311,6 @@ class Workload:
 
     @cached_property
     def tokens(self) -> int:
-        "Tokens of all calibration examples."
         return sum(len(length.input_ids) for length in self.lengths)
 
     @cached_property
@@ -321,13 +318,7 @@ class Workload:
         return batch_shapes(self.lengths, self.job.model.batch_tokens)
 
     @cached_property
-    def walked(self) -> tuple[BatchShape, ...]:
-        "Batches of a walk from layer to layer."
-        return batch_shapes(self.lengths, tokens_a_walk(self.job.model.batch_tokens, self.on_cpu))
-
-    @cached_property
     def answers(self) -> tuple[Answers, ...]:
-        "Answers of one evaluation."
         done = self.job.evaluate
         return answers_to(self.job, done.accuracy_tasks, self.lengths, done.evaluate_n * done.samples, self.short)
 
@@ -367,7 +358,8 @@ def batch_memory(load: Workload, batches: Sequence[BatchShape], states: float = 
 
 def walk_memory(load: Workload) -> dict[str, float]:
     "What pruning layer by layer keeps: hidden states before a layer, and scores of the widest matrix."
-    return batch_memory(load, load.walked, layer=0.85, logits=0) | {"scores of one matrix": load.sizes.widest * 16}
+    walked = batch_shapes(load.lengths, tokens_a_walk(load.job.model.batch_tokens, load.on_cpu))
+    return batch_memory(load, walked, layer=0.85, logits=0) | {"scores of one matrix": load.sizes.widest * 16}
 
 def gradient_memory(load: Workload, sums: bool = True) -> dict[str, float]:
     "What a backward pass keeps: for every layer what the way back needs, and sums of gradients in float32."
@@ -458,10 +450,7 @@ def described(text: str, dtype: str = "bfloat16") -> Rates: # The device
 # %% ../../nbs/jobs/04_planning.ipynb #c041
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     "The median time of three calls after one that does not count."
-    def finished() -> None:
-        call()
-        finish(device)
-    return statistics.median(timeit.repeat(finished, number=1, repeat=4)[1:])
+    return statistics.median(timeit.repeat(lambda: (call(), finish(device)), number=1, repeat=4)[1:])
 
 # %% ../../nbs/jobs/04_planning.ipynb #c042
 @torch.no_grad()

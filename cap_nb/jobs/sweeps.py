@@ -182,13 +182,11 @@ def combinations(config: Config, options: Mapping[str, FileOption]) -> dict[str,
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c031
 def whole_options(config: Config, options: Mapping[str, FileOption]) -> dict[str, object]:
-    "What a file gives for the sweep as a whole."
     return {options[e.option].field: e.values[0] for e in config.entries
             if options[e.option].kind == "whole" and e.values[0] is not None}
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c036
 def first_error(job: Job) -> str | None: # What is wrong with it; None: nothing that can be seen without its model
-    "The first mistake in a job's settings."
     try: check_job(job)
     except BadInput as error: return str(error)
 

@@ -44,12 +44,8 @@ def gate_slopes(model: nn.Module, batch: dict[str, torch.Tensor],
 def gradient_activation(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096,
                         signed: bool = False) -> torch.Tensor: # Nats, [L, H]
     "Gradient times activation (Michel et al. 2019, their equation of I_h); signed, the rise when the head is masked."
-    a = anatomy(model)
-    total = torch.zeros(a.layers, a.heads, dtype=torch.float64)
-    for _, batch in batches_of(calibration.examples, batch_tokens, model):
-        slopes = gate_slopes(model, batch)[1]
-        total += (-slopes if signed else slopes.abs()).sum(0)
-    return total / len(calibration.examples)
+    found = (gate_slopes(model, batch)[1] for _, batch in batches_of(calibration.examples, batch_tokens, model))
+    return sum((-slopes if signed else slopes.abs()).sum(0) for slopes in found) / len(calibration.examples)
 
 # %% ../../nbs/methods/06_attributions.ipynb #b3d054cb
 from tqdm.auto import tqdm
@@ -58,12 +54,9 @@ from cap_nb.core.errors import BadInput
 def integrated_gradients(model: nn.Module, calibration: Calibration, steps: int = 16,
                          batch_tokens: int = 4096) -> torch.Tensor: # Nats, [L, H]
     "Integrated gradients from all heads at zero to the intact model, midpoint rule (Sundararajan et al. 2017, eq. 1)."
-    a = anatomy(model)
-    total = torch.zeros(a.layers, a.heads, dtype=torch.float64)
-    batches = list(batches_of(calibration.examples, batch_tokens, model))
-    for _, batch in tqdm(batches, desc="integrated gradients", unit="batch"):
-        for step in range(steps): total -= gate_slopes(model, batch, (step + 0.5) / steps)[1].sum(0)
-    return total / (steps * len(calibration.examples))
+    batches = tqdm(list(batches_of(calibration.examples, batch_tokens, model)), "integrated gradients", unit="batch")
+    found = (gate_slopes(model, batch, (step + 0.5) / steps)[1] for _, batch in batches for step in range(steps))
+    return -sum(slopes.sum(0) for slopes in found) / (steps * len(calibration.examples))
 
 # %% ../../nbs/methods/06_attributions.ipynb #005fc010
 def replaced_head(model: nn.Module, layer: int, head: int, outputs: torch.Tensor) -> AbstractContextManager[None]:

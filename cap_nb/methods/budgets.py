@@ -103,6 +103,8 @@ def hill_exponent(weight: torch.Tensor) -> float:
     "The exponent of the upper half of a matrix's spectrum, at least 1 (Lu et al. 2024); the smaller, the heavier."
     if not weight.isfinite().all(): return float("nan") # refused by the map, in a sentence
     eigenvalues = torch.linalg.svdvals(weight.detach().float()).square() # of the smaller of W^T W and W W^T; falling
+    eigenvalues = eigenvalues[eigenvalues > 1e-10 * eigenvalues[0]] # of a missing rank only rounding is left
+    if len(eigenvalues) < 2: return float("nan")
     k = len(eigenvalues) // 2
     return 1 + (k / (eigenvalues[:k] / eigenvalues[k]).log().sum()).item()
 

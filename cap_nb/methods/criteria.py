@@ -22,7 +22,7 @@ from cap_nb.methods.selection import (
     CAP, check_pattern, check_pattern_fits, competing, Criterion, Evidence, MAGNITUDE, Measurements, pattern_of,
     zero_within)
 from cap_nb.methods.wanda import (
-    input_norms, regional_gradients, RGS, slopes_of, uniform_shares, WANDA, wanda_score,
+    input_norms, LEAST, regional_gradients, RGS, slopes_of, uniform_shares, WANDA, wanda_score,
     wanting_gradients, zero_layer_by_layer, zero_shares_within)
 from cap_nb.models.anatomy import projections
 from cap_nb.regions import as_factors, Factors, region_factors
@@ -38,11 +38,11 @@ def ria_score(e: Evidence, power: float = 0.5) -> torch.Tensor: # [out, in]
     "A weight's share of its column plus its share of its row, times a power of its input's norm (Zhang et al. 2024)."
     size, least = e.weight.abs(), torch.finfo(torch.float32).tiny # an empty row or column has shares of zero
     columns, rows = (size.sum(axis, keepdim=True).clamp_min(least) for axis in (0, 1))
-    return (size / columns + size / rows) * e.norm ** power
+    return (size / columns + size / rows) * e.norm.clamp_min(LEAST) ** power
 
 def gradient_score(e: Evidence) -> torch.Tensor: # [out, in]
     "Weight times derivative, without its sign; of the loss: its first-order change when the weight becomes zero."
-    return (e.weight * e.gradient).abs()
+    return e.weight.abs() * e.gradient.abs().clamp_min(LEAST) # by magnitude where the gradient is zero
 
 def random_score(e: Evidence) -> torch.Tensor: # [out, in]
     "Uniform random scores, which depend on the seed and the index of the projection but not on the device."
@@ -102,10 +102,12 @@ def loss_gradients(model: nn.Module, calibration: Calibration, batch_tokens: int
     "The gradient of the calibration loss for every weight in scope; holds a float32 copy of them."
     scope = projections(model)
     totals = {p.name: torch.zeros(p.weight.shape, dtype=torch.float32, device=p.weight.device) for p in scope}
+    n = len(calibration.examples)
+    scale = 2 ** n.bit_length() # a mean's gradients may be too small for float16; a power of two rounds nothing
     with wanting_gradients(scope):
         for _, batch in batches_of(calibration.examples, batch_tokens, model):
-            mean = measure(model, batch).sum() / len(calibration.examples)
-            for p, slope in slopes_of(mean, scope): totals[p.name] += slope
+            mean = measure(model, batch).sum() / n
+            for p, slope in slopes_of(mean * scale, scope): totals[p.name] += slope / scale
     return totals
 
 # %% ../../nbs/methods/11_criteria.ipynb #c022

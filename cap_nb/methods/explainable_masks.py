@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from cap_nb.core.errors import BadInput, check_sparsity
 from cap_nb.models.anatomy import (
-    Anatomy, anatomy, dimensions, expert_counts, key_value_head_of, Projection, projections)
+    Anatomy, anatomy, dimensions, expert_counts, key_value_head_of, Part, Projection, projections)
 from cap_nb.regions import check_head_factors
 from cap_nb.threshold import prune_report, PruneReport
 
@@ -27,17 +27,26 @@ def weights_removed(a: Anatomy, sizes: tuple[int, int], removed: Heads) -> int:
     "Weights in scope that go with some heads; `sizes` are those of a query head and of a key-value head."
     return sizes[0] * len(removed) + sizes[1] * len(orphaned(a, removed))
 
+def parts_of_heads(model: nn.Module, p: Projection) -> tuple[Part, ...]:
+    "What goes with a head: not its queries and keys where one norm spans a layer's heads, and would scale the others."
+    if p.role not in ("query", "key"): return p.parts
+    norm = getattr(model.get_submodule(p.name.rpartition(".")[0]), f"{p.role[0]}_norm", None)
+    weight = getattr(norm, "weight", None)
+    size = (getattr(norm, "normalized_shape", (0,)) if weight is None else weight.shape)[-1]
+    return () if size > p.parts[0].stop - p.parts[0].start else p.parts
+
 def sizes_of_heads(model: nn.Module) -> tuple[int, int]:
     "Weights in scope that go with a query head, and with a key-value head, in any layer."
     count = {"query": 0, "key": 0, "value": 0}
     for p in (p for p in projections(model) if p.layer == 0):
         across = p.weight.shape[0 if p.role == "output" else 1]
-        for part in (part for part in p.parts if part.index == 0): count[part.kind] += across * (part.stop - part.start)
+        firsts = (part for part in parts_of_heads(model, p) if part.index == 0)
+        for part in firsts: count[part.kind] += across * (part.stop - part.start)
     return count["query"], count["key"] + count["value"]
 
 def head_share(model: nn.Module) -> float: # In (0, 1)
     "The share of the weights in scope that belongs to heads: the highest sparsity that removing heads can reach."
-    attention = sum(p.weight.numel() for p in projections(model) if p.parts)
+    attention = sum(p.weight.numel() for p in projections(model) if parts_of_heads(model, p))
     return attention / sum(p.weight.numel() for p in projections(model))
 
 def heads_to_remove(model: nn.Module, scores: torch.Tensor, sparsity: float) -> list[tuple[int, int]]:
@@ -57,7 +66,7 @@ def remove_heads(model: nn.Module, removed: Heads) -> None:
     orphans = orphaned(anatomy(model), removed)
     gone = {"query": set(removed), "key": set(orphans), "value": set(orphans)}
     for p in projections(model):
-        for part in p.parts:
+        for part in parts_of_heads(model, p):
             block = slice(part.start, part.stop)
             if (p.layer, part.index) not in gone[part.kind]: continue
             p.weight[(slice(None), block) if p.role == "output" else block] = 0.0

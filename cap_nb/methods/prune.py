@@ -11,7 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
+import transformers
 from torch import nn
+from cap_nb import __version__
 from cap_nb.calibration import Calibration
 from cap_nb.core.errors import BadInput, check_choice, check_sparsity, validate_arguments
 from cap_nb.core.files import json_text, sha256_of_tensor, sha256_of_text
@@ -350,7 +352,8 @@ def walk_folder(model: nn.Module, parts: MethodName, sparsity: float, inputs: In
     origin = {"model": model_fingerprint(model), "dtype": f"{weight.dtype}", "device": weight.device.type,
               "calibration": inputs.calibration.fingerprint, "batch_tokens": inputs.batch_tokens,
               "method": f"{parts}", "sparsity": sparsity, "shares": inputs.shares, "seed": inputs.seed,
-              "factors": factors, "added": additions_noted()}
+              "factors": factors, "added": additions_noted(),
+              "versions": (__version__, torch.__version__, transformers.__version__)}
     if inputs.ties != "exact": origin["ties"] = inputs.ties # as in older folders
     return inputs.unfinished/sha256_of_text(json_text(origin))[:16]
 

@@ -131,13 +131,9 @@ def tie_selector(threshold: Threshold, ties: str = "exact") -> Take:
     "A function that selects the smallest scores, tensor by tensor (paper section 3.3)."
     left = [threshold.count - threshold.below if ties == "exact" else threshold.ties] # ties that are still to be pruned
     def take(scores: torch.Tensor) -> torch.Tensor:
-        below = scores < threshold.value
-        if not left[0]: return below
-        equal = scores == threshold.value
-        here = int(equal.count_nonzero())
-        if here > left[0]: equal = first_true(equal, left[0])
-        left[0] -= min(here, left[0])
-        return below | equal
+        equal = first_true(scores == threshold.value, left[0])
+        left[0] -= int(equal.count_nonzero())
+        return (scores < threshold.value) | equal
     return take
 
 # %% ../../nbs/methods/05_selection.ipynb #08426739

@@ -64,8 +64,7 @@ def block_factors(damped: torch.Tensor, block: int, damping: float, name: str,
         inverse = inverse_of_block(damped[part, part], diagonal[part], rounding)
         if inverse is None:
             raise BadInput(f"The Hessian of {name} is not positive definite with damping {damping:g}: expected a "
-                           f"Cholesky factorisation; raise the damping (0.01 is usual), take more calibration "
-                           f"examples, or run the model in float32.")
+                           f"Cholesky factorisation; take more calibration examples, or run the model in float32.")
         damped[part, part], above = inverse, damped[:part.start, part]
         above.copy_(above @ inverse.T) # of U
     for part in parts: damped[:part.start, part] = damped[:part.start, part] @ damped[part, part] # of C

@@ -345,8 +345,8 @@ def copy_around(source: Path, target: Path, left_out: Sequence[StoredTensor]) ->
 
 # %% ../../nbs/methods/25_streaming.ipynb #c070
 COME_ALONG = ("config.json", "generation_config.json", SHARD_INDEX, "tokenizer*", "special_tokens_map.json",
-              "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*", "additional_chat_templates/*",
-              "LICENSE*", "NOTICE*", "USE_POLICY*")
+              "added_tokens.json", "vocab*", "merges.txt", "*.model", "tekken.json", "chat_template*",
+              "additional_chat_templates/*", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 def lay_out(checkpoint: Checkpoint, folder: Path) -> None:
     "Everything of the new checkpoint except the weights in scope; too little room raises `BadInput`."
@@ -407,6 +407,13 @@ def prune_checkpoint(
         zeros, threshold = write_pruned(checkpoint, part, parts, sparsity, measured, ties, at_once)
     return streamed_report(projections(checkpoint.model), method, sparsity, zeros, threshold)
 
+# %% ../../nbs/methods/25_streaming.ipynb #cebdda4c
+def kept_wide(model: nn.Module, dtype: torch.dtype) -> set[str]:
+    "Parts of the names of parameters that transformers loads in float32 whatever the dtype, as the routers' gates."
+    always, half = (getattr(model, name, None) or () for name in (
+        "_keep_in_fp32_modules_strict", "_keep_in_fp32_modules"))
+    return {*always, *(half if dtype == torch.float16 else ())}
+
 # %% ../../nbs/methods/25_streaming.ipynb #7486614f
 @validate_arguments
 def checkpoint_fingerprint(
@@ -421,10 +428,13 @@ def checkpoint_fingerprint(
         if not held or any(stored.kind not in STORED_DTYPES for stored in held):
             raise BadInput(f"{folder} holds no tensor {name} in float32, bfloat16 or float16: expected every "
                            "stored one; the checkpoint is not whole.")
-        shape = held[0].shape if len(held) == 1 else tuple(weight.shape)
-        digest.update(f"{name} {STORED_DTYPES[held[0].kind]} {shape}".encode())
+        shape, kind = held[0].shape if len(held) == 1 else tuple(weight.shape), STORED_DTYPES[held[0].kind]
+        widened = kind != torch.float32 and any(f".{part}." in f".{name}." for part in kept_wide(model, kind))
+        digest.update(f"{name} {torch.float32 if widened else kind} {shape}".encode())
         for stored in held:
-            for piece in pieces_of(stored): digest.update(piece)
+            for piece in pieces_of(stored):
+                if widened: piece = torch.frombuffer(bytearray(piece), dtype=kind).float().numpy().tobytes()
+                digest.update(piece)
     return joined_fingerprint(digest.hexdigest(), model.config, generation_of(checkpoint.folder, model.config))
 
 # %% ../../nbs/methods/25_streaming.ipynb #13b3ebe4

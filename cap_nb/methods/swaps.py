@@ -145,18 +145,12 @@ GOING = 0.75 # Share of rows that go on, below which those that are done are lef
 
 def swap_slots(part: Slots, barrier: torch.Tensor, gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "Exchange the best pair of every row, time after time; exact within the chosen columns."
-    order, left, index = part.order.clone(), part.left.clone(), torch.arange(len(part.order), device=part.order.device)
     for _ in range(SWAPS_A_PASS):
         least, first, second = best_pairs(part)
         rows = ((least < -part.slack) & (part.left > 0)).nonzero()[:, 0]
         if not len(rows): break
-        first, second = first[rows], second[rows]
-        if len(rows) < GOING * len(index):
-            order[index], left[index] = part.order, part.left
-            part, index, rows = part_of(part, rows), index[rows], torch.arange(len(rows), device=rows.device)
-        exchange(part, rows, first, second, barrier, gram)
-    order[index], left[index] = part.order, part.left
-    return order, left
+        exchange(part, rows, first[rows], second[rows], barrier, gram)
+    return part.order, part.left
 
 # %% ../../nbs/methods/14_swaps.ipynb #5b31b6af
 Choice = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] # As `cheapest_columns`

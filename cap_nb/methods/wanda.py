@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/methods/10_wanda.ipynb #3efb2146
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 import torch
 from torch import nn
 from cap_nb.calibration import Calibration
@@ -21,9 +21,11 @@ from cap_nb.models.interventions import Record, recorded_inputs
 from cap_nb.models.replay import run_layer
 
 # %% ../../nbs/methods/10_wanda.ipynb #91341500
+LEAST = 1e-30 # In place of a norm or gradient of zero: the magnitude decides among weights that it would tie
+
 def wanda_score(e: Evidence) -> torch.Tensor: # [out, in]
     "Magnitude times the norm of the input (Sun et al. 2024)."
-    return e.weight.abs() * e.norm
+    return e.weight.abs() * e.norm.clamp_min(LEAST)
 
 WANDA = Criterion(name="wanda", score=wanda_score, needs=("norm",), scope="row",
                   says="|W| times the norm of its input", source="Sun et al. 2024")
@@ -31,23 +33,17 @@ WANDA = Criterion(name="wanda", score=wanda_score, needs=("norm",), scope="row",
 # %% ../../nbs/methods/10_wanda.ipynb #1913bac4
 Statistic = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] # Inputs [n, in], the sum so far -> with theirs
 
-@dataclass(frozen=True)
-class InputSums:
-    "What has been added up over the inputs of a layer's projections, one sum for those that read the same tensor."
-    first: dict[str, str] = field(default_factory=dict) # Module name -> the first one that reads the same tensor
-    sums: dict[str, torch.Tensor] = field(default_factory=dict) # Name of such a first one -> sum so far
-
-def adder(found: InputSums, mask: torch.Tensor, statistic: Statistic) -> Record:
-    "Adds the statistic of a projection's input over the tokens of a batch that are not padding, mask [B, T]."
+def adder(first: dict[str, str], sums: dict[str, torch.Tensor], mask: torch.Tensor, statistic: Statistic) -> Record:
+    "Adds the statistic of a projection's input over a batch's real tokens to the sum of the first that reads the same."
     last = [None, ""] # The input seen last, and the first projection that read it
     def add(p: Projection, inputs: torch.Tensor, tokens: torch.Tensor | None) -> None:
         same = last[0] is inputs
         if not same: last[:] = inputs, p.name
-        if found.first.setdefault(p.name, last[1]) != last[1]:
+        if first.setdefault(p.name, last[1]) != last[1]:
             raise BadInput(f"{p.name} shares its input with others in some batches only: expected the same in all; "
                            "the layer cannot be pruned from sums over its inputs.")
         if same: return
-        found.sums[p.name] = statistic(real_rows(inputs, tokens, mask), found.sums.get(p.name))
+        sums[p.name] = statistic(real_rows(inputs, tokens, mask), sums.get(p.name))
     return add
 
 class InputsKnown(Exception):
@@ -65,14 +61,14 @@ def until_known(record: Record, names: set[str]) -> Record:
 @torch.no_grad()
 def input_sums(step: LayerStep, statistic: Statistic, onwards: bool = False) -> dict[str, torch.Tensor]:
     "Run a layer as far as its last projection, or take the batches on, and add up a statistic of what each reads."
-    found, names = InputSums(), {p.name for p in step.projections}
+    first, sums, names = {}, {}, {p.name for p in step.projections}
     for number, batch in enumerate(step.batches):
-        record = adder(found, batch.mask, statistic)
+        record = adder(first, sums, batch.mask, statistic)
         if not onwards: record = until_known(record, names)
         with suppress(InputsKnown), recorded_inputs(step.projections, record):
             hidden = run_layer(step.layer, batch.hidden, batch.calls[step.index])
             if onwards: step.batches[number] = replace(batch, hidden=hidden)
-    return {p.name: found.sums[found.first[p.name]] for p in step.projections} # some share one sum
+    return {p.name: sums[first[p.name]] for p in step.projections} # some share one sum
 
 # %% ../../nbs/methods/10_wanda.ipynb #e6d3b484
 def squares(inputs: torch.Tensor, so_far: torch.Tensor | None = None) -> torch.Tensor: # Float64 [in]
@@ -86,7 +82,9 @@ def squares(inputs: torch.Tensor, so_far: torch.Tensor | None = None) -> torch.T
 def input_norms(step: LayerStep, onwards: bool = False) -> dict[str, torch.Tensor]: # Module name -> float32 [in]
     "The norms of the inputs of a layer's projections over the calibration set (Sun et al. 2024)."
     sums = input_sums(step, squares, onwards)
-    for p in unreached(step.projections, sums): sums[p.name].fill_(step.sequences)
+    for p in unreached(step.projections, sums): # ranked with the expert that was reached least
+        same = [sums[q.name] for q in step.projections if q.role == p.role and q.expert is not None]
+        sums[p.name].fill_(min((total.mean().item() for total in same if total.any()), default=step.sequences))
     return {name: (total / step.sequences).sqrt().float() for name, total in sums.items()}
 
 # %% ../../nbs/methods/10_wanda.ipynb #dab17826

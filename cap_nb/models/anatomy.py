@@ -93,7 +93,6 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
                    "its configuration names.")
 
 def submodule_at(module: nn.Module, path: str) -> nn.Module | None:
-    "The module at a path, if there is one."
     try: return module.get_submodule(path)
     except AttributeError: return None
 
@@ -229,14 +228,27 @@ def configuration(model: nn.Module) -> object:
 
 # %% ../../nbs/models/01_anatomy.ipynb #422aae3b
 def check_computes_the_same(model: nn.Module) -> None:
-    "Raise `BadInput` for a model that draws at random, or whose weights are computed anew before each pass."
-    settings = configuration(model).to_dict() if hasattr(configuration(model), "to_dict") else {}
+    "Raise `BadInput` for a model in which a mask or a repeated pass would not do what it does in a plain decoder."
+    config = configuration(model)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    both_ways = getattr(config, "use_bidirectional_attention", None) in (True, "all")
+    if both_ways or getattr(config, "is_causal", None) is False:
+        raise BadInput("The model attends to later tokens too: expected a causal one, whose loss is that of the next "
+                       "token; take another model.")
     draws = any(("drop" in name or "jitter" in name) and isinstance(share, float) and share > 0
                 for name, share in settings.items())
     if draws and any(module.training for module in model.modules()):
         raise BadInput("The model is in training mode and has dropout: expected evaluation mode, in which nothing is "
                        "drawn at random; call model.eval().")
     for name, module in model.named_modules():
+        if getattr(module, "slow_but_exact", False) and getattr(module, "pretraining_tp", 1) > 1:
+            raise BadInput(f"{name} is slow_but_exact: no output projection is called, and no mask reaches a head: "
+                           "expected false; load the model again with slow_but_exact=False.")
+        traced = hasattr(module.forward, "_torchdynamo_orig_callable") and not hasattr(
+            module.forward, "_torchdynamo_disable")
+        if traced or getattr(module, "_compiled_call_impl", None) or "_orig_mod" in module._modules:
+            raise BadInput(f"{name or 'The model'} is compiled, and compiled code runs past the hooks that mask heads: "
+                           "expected an eager model; compile it after pruning.")
         if isinstance(getattr(module, "weight", None), torch.Tensor) and "weight" not in module._parameters:
             raise BadInput(f"The weight of {name} is computed from other tensors before each pass: expected a plain "
                            "parameter; remove the parametrisation first, as prune.remove or remove_weight_norm do.")
@@ -396,6 +408,9 @@ def anatomy(
         raise BadInput(f"{a.heads} query heads do not divide into {a.key_value_heads} key-value heads: "
                        "expected a multiple; check the configuration.")
     matrices = projections(model)
+    if (layers := len(decoder_layers(model))) != a.layers:
+        raise BadInput(f"The model has {layers} layers and its configuration {a.layers}: expected as many; "
+                       "set num_hidden_layers.")
     check_shapes(matrices, a)
     check_nothing_left_out(model, matrices)
     return a

@@ -103,7 +103,6 @@ def check_routing(model: nn.Module, layer: int, ids: torch.Tensor) -> None:
 # %% ../../nbs/models/09_checks.ipynb #c032
 @torch.no_grad()
 def logits_without_heads(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    "The model without attention."
     outputs = [output_projection(model, layer) for layer in range(len(decoder_layers(model)))]
     with all_of(changed_input(output, torch.zeros_like) for output in outputs):
         return model(input_ids=ids, use_cache=False).logits

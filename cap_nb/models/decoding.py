@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache as remembered
+from functools import cache as remembered, cached_property
 from tempfile import TemporaryDirectory
 import torch
 from tqdm.auto import tqdm
@@ -126,7 +126,8 @@ class Slots:
     def next_logits(self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         "Logits after the last position, [rows, vocabulary]; a row's positions count from its first column."
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
-        inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+        inputs = dict(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1,
+                      output_router_logits=False) # a mixture's balancing loss would be computed for a longer mask
         inputs = {name: value for name, value in inputs.items() if name in self.named}
         return self.model(**inputs, **{self.cache_name: cache}).logits[:, -1]
 
@@ -269,23 +270,19 @@ class HeldModel:
     "A model as vLLM holds it, with the weights that it had when it was first to write."
     model: torch.nn.Module # A causal language model of transformers
     folder: str # Where it is saved for vLLM
-    writer: object = None # vLLM's own; None before it is first needed
 
-    def loaded(self) -> object:
-        "vLLM with the model's weights, loaded at the first call; it takes half of the memory that is free."
-        if self.writer is not None: return self.writer
+    @cached_property
+    def writer(self) -> object:
+        "vLLM with the model's weights, loaded when it is first needed; it takes half of the memory that is free."
         vllm, dtype = imported_vllm(), str(next(self.model.parameters()).dtype).removeprefix("torch.")
         self.model.save_pretrained(self.folder)
         free, whole = memory_of(self.model.device)
         share = free / whole / 2 # vLLM's builds for processors, too, read it under this name
-        try:
-            self.writer = vllm.LLM(model=self.folder, dtype=dtype, skip_tokenizer_init=True,
-                                   gpu_memory_utilization=share)
+        try: return vllm.LLM(model=self.folder, dtype=dtype, skip_tokenizer_init=True, gpu_memory_utilization=share)
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:120]
             raise BadInput(f"vLLM could not load the model with {share:.0%} of the memory ({reason}): expected room "
                            "for weights and cache; free some, or take the backend transformers.") from error
-        return self.writer
 
 @contextmanager
 def held_by_vllm(model: torch.nn.Module) -> Iterator[HeldModel]:
@@ -293,7 +290,7 @@ def held_by_vllm(model: torch.nn.Module) -> Iterator[HeldModel]:
     with TemporaryDirectory() as folder:
         held = HeldModel(model, folder)
         try: yield held
-        finally: held.writer = None
+        finally: vars(held).pop("writer", None)
 
 @contextmanager
 def vllm_of(model: torch.nn.Module, backend: object) -> Iterator[HeldModel | None]:
@@ -325,7 +322,7 @@ def generate_with_vllm(held: HeldModel, tokenizer: object, prompts: Sequence[Seq
     settings = [vllm.SamplingParams(**draw, max_tokens=max_new_tokens, stop_token_ids=list(stop), detokenize=False)
                 for draw in draws]
     asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-    answer = held.loaded().generate(asked, settings if len(settings) > 1 else settings[0], use_tqdm=False)
+    answer = held.writer.generate(asked, settings if len(settings) > 1 else settings[0], use_tqdm=False)
     ending = Ending(tokenizer, stop, max_new_tokens, line)
     return [cut_at_end(each.outputs[0].token_ids, each.outputs[0].finish_reason, ending) for each in answer]
 

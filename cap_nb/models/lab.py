@@ -189,7 +189,6 @@ def counted_loss(model: LlamaForCausalLM | MixtralForCausalLM, hidden: torch.Ten
     return (losses * weight).sum(), losses.detach()[weight == 1].mean().item()
 
 def weighted_loss(model: LlamaForCausalLM, batch: Sequences) -> tuple[torch.Tensor, float]:
-    "The next-token loss."
     return counted_loss(model, model.model(input_ids=batch.tokens, use_cache=False).last_hidden_state, batch)
 
 def imbalance(logits: Sequence[torch.Tensor], chosen: int) -> torch.Tensor:
@@ -364,7 +363,6 @@ def train(model: nn.Module, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, 
 # %% ../../nbs/models/06_lab.ipynb #41b72411
 @torch.inference_mode()
 def greedy_answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[str]:
-    "Greedy answers to a list of questions, in their order."
     answers = []
     for start in range(0, len(prompts), 100):
         inputs = tokenizer([ASK + prompt + LAB_TOKEN for prompt in prompts[start:start + 100]], return_tensors="pt",

@@ -172,7 +172,6 @@ def opened_by_transformers(source: str | Path) -> Iterator[None]:
 TOKENIZERS = ("*token*", "vocab*", "spiece.model", "tekken.json") # One of these files holds a vocabulary
 
 def holds_tokenizer(folder: Path) -> bool:
-    "Whether some file of a tokenizer is in a folder."
     return any(found for name in TOKENIZERS for found in folder.glob(name))
 
 def load_tokenizer(source: str) -> object:
@@ -192,12 +191,13 @@ def load_tokenizer(source: str) -> object:
     return tokenizer
 
 def check_tokens_embedded(tokenizer: object, folder: Path) -> None:
-    "Raise `BadInput` for a tokenizer without words, or with tokens that the model beside it has no embedding of."
+    "Raise `BadInput` for a tokenizer without words, or with words that the model beside it has no embedding of."
     vocabulary, rows = tokenizer.get_vocab(), None
     if vocabulary.keys() <= set(tokenizer.all_special_tokens):
         raise BadInput(f"{folder} has a tokenizer without a vocabulary: expected its files, such as tokenizer.json or "
                        "vocab.txt; copy them there from the model that this one was made of.")
-    last = max(vocabulary.values())
+    added = getattr(tokenizer, "get_added_vocab", dict)() # not of every class
+    last = max((vocabulary[word] for word in vocabulary.keys() - added.keys()), default=0)
     if (folder/"config.json").is_file(): rows = read_object(folder/"config.json").get("vocab_size")
     if isinstance(rows, int) and last >= rows:
         raise BadInput(f"{folder} has a tokenizer whose last token is {last} and embeddings of {rows} tokens: expected "
@@ -263,13 +263,14 @@ def check_complete(folder: Path, config: object) -> None:
                    "checkpoint; fetch it again.")
 
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16} # Names in a header -> torch dtypes
-MASKS = ("attn.bias", "attention.bias", "masked_bias", "position_ids") # What old checkpoints hold beside weights
+MASKS = (".attn.bias", ".attention.bias", ".masked_bias", ".position_ids", ".rotary.inv_freq",
+         ".decoder.version") # What old checkpoints hold beside weights
 
 def stored_dtype(folder: Path) -> torch.dtype:
     "The dtype in which most numbers of a checkpoint are stored; weights that are no such numbers raise `BadInput`."
     numbers = Counter()
     for name, stored in checkpoint_tensors(folder).items():
-        if name.endswith(MASKS) and stored.kind not in STORED_DTYPES: continue
+        if f".{name}".endswith(MASKS) and stored.kind not in STORED_DTYPES: continue
         if stored.kind not in STORED_DTYPES:
             raise BadInput(f"{folder} holds {name} as {stored.kind}: expected weights in {', '.join(STORED_DTYPES)}; "
                            "convert it, or load a checkpoint that is not quantised.")
@@ -277,7 +278,6 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return STORED_DTYPES[numbers.most_common(1)[0][0]]
 
 def most_frequent_dtype(weights: dict[str, torch.Tensor]) -> torch.dtype:
-    "The dtype of most numbers."
     numbers = Counter()
     for weight in weights.values(): numbers[weight.dtype] += weight.numel()
     return numbers.most_common(1)[0][0]
@@ -297,7 +297,7 @@ def generation_of(folder: Path, config: object) -> GenerationConfig:
 def nothing_made_up(source: str | Path, loaded: tuple[nn.Module, dict]) -> nn.Module:
     "Raise `BadInput` for a parameter that no file holds, unless it is another one, and for a tensor without a place."
     model, info = loaded
-    if over := sorted(info["unexpected_keys"]):
+    if over := sorted(name for name in info["unexpected_keys"] if not f".{name}".endswith(MASKS)):
         raise BadInput(f"{source} holds {over[0]}, and {len(over) - 1} more, that its config.json knows no place for: "
                        "expected the configuration of these weights; fetch both again.")
     every, missing = dict(model.named_parameters(remove_duplicate=False)), set(info["missing_keys"])
@@ -319,7 +319,6 @@ def check_runs(model: nn.Module, folder: Path) -> None:
                        "position, and any length; mend attn_implementation.")
 
 def folder_loader(folder: Path) -> FolderLoader | None:
-    "The registered loader of a folder."
     return next((LOADERS[file] for file in LOADERS if (folder/file).is_file()), None)
 
 def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> tuple[nn.Module, object]:
@@ -456,11 +455,31 @@ def load_smollm2(dtype: torch.dtype | None, device: torch.device | str) -> tuple
     check_checksums(folder, f"remove {folder} and fetch it again")
     return load_folder(folder, dtype, device)
 
+def check_gguf_attention(file: Path, config: object) -> None:
+    "Raise `BadInput` for attention that transformers reads otherwise from a GGUF file than the file means it."
+    from gguf import GGUFReader
+    reader = GGUFReader(file)
+    fields = {name.partition(".")[2]: field for name, field in reader.fields.items()}
+    kind = fields.get("rope.scaling.type")
+    scaled = any(tensor.name.startswith("rope_f") for tensor in reader.tensors) or (
+        kind is not None and bytes(kind.parts[kind.data[0]]) != b"none")
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope) # of layers of several kinds
+    read, base = rope.get("rope_theta", getattr(config, "rope_theta", None)), fields.get("rope.freq_base")
+    other = read is not None and base is not None and not math.isclose(read, base.parts[base.data[0]][0], rel_tol=1e-6)
+    divided = getattr(config, "query_pre_attn_scalar", None) or 0
+    if scaled or other or divided and divided != config.head_dim:
+        raise BadInput(f"{file} has {'scaled rotations' if scaled else 'a rotation base or a query scale'} that "
+                       "transformers does not read from a GGUF file: expected plain ones; load the folder that the "
+                       "file was made from.")
+
 def load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device) -> tuple[nn.Module, object]:
     "Load a GGUF file and dequantise it, with a warning in the log; one that cannot be read raises `BadInput`."
     check_gguf_installed()
     with opened_by_transformers(file):
-        family_of(AutoConfig.from_pretrained(file.parent, gguf_file=file.name))
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        family_of(config)
+        check_gguf_attention(file, config)
         try: model, tokenizer = dequantised(file)
         except Exception:
             from gguf import GGUFReader

@@ -64,7 +64,6 @@ class HeadOutputs:
     others: tuple[None, ...] | None # Stands for what else attention returns; None if it returns a tensor alone
 
 def attention_of(model: nn.Module, layer: int) -> nn.Module:
-    "The attention of a layer."
     return decoder_layers(model)[layer].get_submodule(family_of(model.config).roles["output"].rpartition(".")[0])
 
 @contextmanager
@@ -158,12 +157,10 @@ BY_EXAMPLE = ("attention_mask", "position_ids", "position_embeddings", "position
               "position_embeddings_local", "alibi", "causal_mask") # Arguments whose first axis is the batch
 
 def tensors_of(value: object) -> tuple[torch.Tensor, ...]:
-    "The tensors of an argument."
     if isinstance(value, torch.Tensor): return (value,)
     return tuple(part for part in value if isinstance(part, torch.Tensor)) if isinstance(value, (tuple, list)) else ()
 
 def mapped(value: object, change: Callable[[torch.Tensor], torch.Tensor]) -> object:
-    "Change the tensors of an argument."
     return change(value) if isinstance(value, torch.Tensor) else type(value)(change(part) for part in value)
 
 def repeated(call: LayerCall, times: int) -> LayerCall:

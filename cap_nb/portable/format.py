@@ -23,7 +23,7 @@ from cap_nb.core.errors import BadInput, check_choice, validate_arguments
 from cap_nb.core.files import (
     PIECE, StoredTensor, check_disk_room, check_inside, check_new_folder, checkpoint_tensors, pieces_of, read_json,
     resumed_folder, sha256_of_file, shard_files, stored_tensor, stored_tensors, whole_file, write_json, write_text)
-from cap_nb.core.registry import ExportFormat, FORMATS, FolderLoader
+from cap_nb.core.registry import ExportFormat, FORMATS, FolderLoader, LOADERS
 from cap_nb.core.stopping import stop_says, STOPPED
 from cap_nb.models.lab import LABS
 from cap_nb.models.loading import model_cache
@@ -461,7 +461,7 @@ def packed_weights(folder: Path) -> dict[str, torch.Tensor]: # Name -> weights
     return {name: restored_tensor(shard, name) for shard in shards for name in shard.tensors}
 
 # %% ../../nbs/portable/00_format.ipynb #aed50cb9
-LOADER = FolderLoader( # How `load_model` opens a packed folder
+LOADERS["packed.json"] = FolderLoader( # How `load_model` opens a packed folder
     weights=packed_weights, files=lambda folder: [folder/entry.stored for entry in read_manifest(folder).files])
 
 def export_sentence(folder: Path, out: Path, base: str | Path | None, form: str) -> str:

@@ -11,8 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from glob import escape
@@ -347,22 +346,6 @@ def files_to_share(folder: Path) -> tuple[SharedFile, ...]: # Its files by name
     else: open_checkpoint(folder)
     return tuple(SharedFile(name, path.stat().st_size, sha256_of_file(path)) for name, path in paths.items())
 
-# %% ../../nbs/portable/04_sharing.ipynb #366b0e78
-@contextmanager
-def hub_errors_reported(repository: str) -> Iterator[None]:
-    "Turn what goes wrong with the hub into `BadInput`."
-    try: yield
-    except (OSError, HTTPError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".:")
-        raise BadInput(f"{repository} could not be written ({type(error).__name__}: {reason}): expected the hub within "
-                       "reach and a token that may write there; check the network and 'hf auth whoami'.") from error
-
-def check_repository(repository: str) -> None:
-    "Raise `BadInput` unless a name is one of the hub's."
-    if not is_hub_id(repository):
-        raise BadInput(f"{repository!r} is no repository of the hub: expected owner/name, of letters, digits, '-', '_' "
-                       "and '.'; correct it.")
-
 # %% ../../nbs/portable/04_sharing.ipynb #c085
 @dataclass(frozen=True)
 class Upload:
@@ -398,17 +381,23 @@ def publish(
 ) -> Upload: # What was uploaded, or would be
     "Upload a pruned folder to the hub, if all that is in it belongs there; every mistake raises `BadInput` before."
     folder = Path(folder)
-    check_repository(repository)
+    if not is_hub_id(repository):
+        raise BadInput(f"{repository!r} is no repository of the hub: expected owner/name, of letters, digits, '-', '_' "
+                       "and '.'; correct it.")
     upload = Upload(repository, message or commit_message(folder), files_to_share(folder))
     if dry_run: return upload
     if api is None and get_token() is None:
         raise BadInput("There is no token for the hub: expected one that may write; log in with 'hf auth login', or "
                        "look at what would be uploaded with --dry-run.")
     names = [escape(file.name) for file in upload.files] # exactly these, whatever appears meanwhile
-    with hub_errors_reported(repository):
+    try:
         api = api or HfApi(library_name="cap_nb", library_version=cap_nb.__version__)
         api.create_repo(repository, private=private, exist_ok=True)
         check_not_in_the_way(api.list_repo_files(repository), upload)
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=upload.message,
                                    allow_patterns=names)
+    except (OSError, HTTPError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".:")
+        raise BadInput(f"{repository} could not be written ({type(error).__name__}: {reason}): expected the hub within "
+                       "reach and a token that may write there; check the network and 'hf auth whoami'.") from error
     return replace(upload, url=commit.commit_url)

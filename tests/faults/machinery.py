@@ -59,8 +59,6 @@ def watched(folder, act):
     start = f"{folder}"
 
     def hook(event, arguments):
-        if event not in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate"):
-            return
         path = path_of(event, arguments)
         if path and path.startswith(start):
             act(f"{event.rpartition('.')[2]} " + re.sub(r"\.\d+\.part", ".part", path[len(start):].lstrip("/")))
@@ -69,8 +67,12 @@ def watched(folder, act):
 
 
 def started(work):
-    """Begin some work in a process of its own, both channels in one."""
-    return Program(with_what_is_ready(work), together=True)
+    """Begin some work in a process of its own, both channels in one; it finds the model, the problems and the text made ready."""
+    def prepared_work():
+        jobs.prepare, jobs.load_text = prepared, text_once
+        return work()
+
+    return Program(prepared_work, together=True)
 
 
 def ended(process, limit=120):
@@ -82,14 +84,6 @@ def ended(process, limit=120):
 def in_child(work, limit=120):
     """Do some work in a process of its own; its exit code and what it said."""
     return ended(started(work), limit)
-
-
-def with_what_is_ready(work):
-    """The same work, which finds the model, the problems and the text made ready."""
-    def prepared_work():
-        jobs.prepare, jobs.load_text = prepared, text_once
-        return work()
-    return prepared_work
 
 
 def running_in(folder, act=None, words=WORDS, before=None):
@@ -111,25 +105,30 @@ def run_in(folder, act=None, words=WORDS, before=None):
     return in_child(running_in(folder, act, words, before))
 
 
-def one_sentence(said, *parts):
-    """What went wrong is told in the last line, and nowhere a traceback."""
+def said_by(outcome, code=0):
+    """What a process said that ended with such an exit code."""
+    assert outcome[0] == code, outcome[1]
+    return outcome[1]
+
+
+def refused(outcome, *parts):
+    """Exit code 2; what went wrong is told in the last line, and nowhere a traceback."""
+    said = said_by(outcome, 2)
     assert "Traceback" not in said and "bug" not in said, said
     line = said.strip().splitlines()[-1]
     assert line.startswith("cap: ") and ": expected " in line and line.endswith(".") and ".part" not in line, said
     for part in parts:
         assert part in line, line
-    return line
 
 
-def signalled_before(wanted, number=signal.SIGKILL, times=1):
-    """An act: send this process a signal before the change whose name matches, at its n-th time."""
-    left = [times]
+def signalled_before(wanted, number=signal.SIGKILL):
+    """An act: send this process a signal before the first change whose name matches."""
+    sent = []
 
     def act(name):
-        if re.fullmatch(wanted, name):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), number)
+        if not sent and re.fullmatch(wanted, name):
+            sent.append(name)
+            os.kill(os.getpid(), number)
 
     return act
 
@@ -154,8 +153,7 @@ def differing(folder, other):
 
 def goes_on_to(folder, whole):
     """A run that was ended goes on, and ends like an undisturbed one."""
-    code, said = run_in(folder)
-    assert code == 0, said
+    said_by(run_in(folder))
     assert differing(folder, whole) == []
 
 

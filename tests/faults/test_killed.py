@@ -10,7 +10,7 @@ import pytest
 from cap_nb.core.files import read_checked, read_tensors
 from cap_nb.core.stopping import STOPPED
 from cap_nb.jobs.records import load_evaluation
-from faults.machinery import FUZZ, SOAK, contents, differing, goes_on_to, run_in, signalled_before
+from faults.machinery import FUZZ, SOAK, contents, differing, goes_on_to, run_in, said_by, signalled_before
 
 # A moment in each part of a run, in the order in which they come
 MOMENTS = {
@@ -78,8 +78,7 @@ def test_every_moment(whole, tmp_path, record_property):
         shutil.copytree(tmp_path / "run", tmp_path / f"at-{len(moments)}", dirs_exist_ok=True) if now else (tmp_path / f"at-{len(moments)}").mkdir()
         (tmp_path / "moments").write_text("\n".join(moments))
 
-    code, said = run_in(tmp_path / "run", keep)
-    assert code == 0, said
+    said_by(run_in(tmp_path / "run", keep))
     moments, wrong = (tmp_path / "moments").read_text().split("\n"), {}
     assert len(moments) > 100
     tried = 0

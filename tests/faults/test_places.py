@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from faults.machinery import SOAK, cap, contents, differing, ended, in_child, one_sentence, run_in, running_in, signalled_before, started
+from faults.machinery import SOAK, cap, contents, differing, ended, goes_on_to, in_child, refused, run_in, running_in, said_by, signalled_before, started
 from faults.test_killed import left_in_order
 from programs import as_nobody
 
@@ -49,19 +49,16 @@ def test_a_disk_that_fills_up(whole, small_disk):
     for pages, files in steps:
         about = os.statvfs(place)
         size(f"size={4 * max(1, about.f_blocks - about.f_bfree + pages)}k{ROOM}" if files is None else f"size=64m,nr_inodes={about.f_files - about.f_ffree + files}")
-        code, said = run_in(place / "run")
-        if code == 0:
+        outcome = run_in(place / "run")
+        if outcome[0] == 0:
             continue
         full += 1
-        assert code == 2, said
-        one_sentence(said, "There was no room to write", f"{place}", "make room and run the same command again")
+        refused(outcome, "There was no room to write", f"{place}", "make room and run the same command again")
         if (place / "run").exists():
             left_in_order(place / "run")
     assert full >= 4
     size(f"size=64m{ROOM}")
-    code, said = run_in(place / "run")
-    assert code == 0, said
-    assert differing(place / "run", whole) == []
+    goes_on_to(place / "run", whole)
 
 
 @ROOT_ONLY
@@ -69,17 +66,13 @@ def test_a_disk_that_may_only_be_read(whole, small_disk):
     """One sentence for a run that lies there unfinished or finished; what lies there can be read."""
     place, size = small_disk
     size(f"size=64m{ROOM}")
-    code, said = run_in(place / "half", signalled_before(r"rename reports/\.cap-0\.5.*"))
-    assert code == -signal.SIGKILL, said
+    said_by(run_in(place / "half", signalled_before(r"rename reports/\.cap-0\.5.*")), -signal.SIGKILL)
     shutil.copytree(whole, place / "run")
     before = contents(place / "half"), contents(place / "run")
     size("ro")
     for name in ("half", "run"):
-        code, said = run_in(place / name)
-        assert code == 2, said
-        one_sentence(said, str(place / name), "(Read-only file system): expected a disk that takes new files")
-    code, said = in_child(cap("table", place / "run"))
-    assert code == 0 and "Magnitude" in said, said
+        refused(run_in(place / name), str(place / name), "(Read-only file system): expected a disk that takes new files")
+    assert "Magnitude" in said_by(in_child(cap("table", place / "run")))
     assert (contents(place / "half"), contents(place / "run")) == before
 
 
@@ -89,9 +82,7 @@ def test_no_room_for_what_is_said(whole):
         os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
         cap("table", whole)()
 
-    code, said = in_child(work)
-    assert code == 2, said
-    one_sentence(said, "There was no room to write the program's output")
+    refused(in_child(work), "There was no room to write the program's output")
 
 
 def test_nobody_reads_what_is_said(whole):
@@ -102,8 +93,7 @@ def test_nobody_reads_what_is_said(whole):
         os.dup2(writing, 1)
         cap("table", whole)()
 
-    code, said = in_child(work)
-    assert (code, said) == (128 + signal.SIGPIPE, "")
+    assert in_child(work) == (128 + signal.SIGPIPE, "")
 
 
 # ---- a folder of somebody else ----
@@ -121,16 +111,13 @@ def test_a_folder_that_may_not_be_written(whole, open_place):
     """Another user may read a finished run, and is told in one sentence that it cannot go on there; nothing changes."""
     shutil.copytree(whole, open_place / "run")
     before = contents(open_place / "run")
-    code, said = run_in(open_place / "run", before=as_nobody)
-    assert code == 2, said
-    one_sentence(said, f"{open_place}/run/run.json cannot be opened or written (Permission denied)")
+    refused(run_in(open_place / "run", before=as_nobody), f"{open_place}/run/run.json cannot be opened or written (Permission denied)")
 
     def reading():
         as_nobody()
         cap("table", open_place / "run")()
 
-    code, said = in_child(reading)
-    assert code == 0 and "Magnitude" in said, said
+    assert "Magnitude" in said_by(in_child(reading))
     assert contents(open_place / "run") == before
 
 
@@ -142,9 +129,7 @@ def test_a_record_that_may_not_be_read_is_not_damaged(whole, open_place, name):
     for path in [open_place / "run", *(open_place / "run").rglob("*")]:
         os.chown(path, 65534, 65534)
     (open_place / "run" / name).chmod(0)
-    code, said = run_in(open_place / "run", before=as_nobody)
-    assert code == 2, said
-    one_sentence(said, "ermission denied", str(open_place / "run"))
+    refused(run_in(open_place / "run", before=as_nobody), "ermission denied", str(open_place / "run"))
     assert not list((open_place / "run").rglob("*.damaged*"))
     (open_place / "run" / name).chmod(0o644)
     assert differing(open_place / "run", whole) == []
@@ -162,13 +147,10 @@ def test_locks_numbers_and_clocks(whole, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     first = started(running_in(folder, stands_still))
     os.waitpid(first.pid, os.WUNTRACED)
-    code, said = run_in(folder)
-    assert code == 2, said
-    one_sentence(said, f"Another process is at work in {folder}")
+    refused(run_in(folder), f"Another process is at work in {folder}")
     first.send_signal(signal.SIGKILL)
     assert ended(first)[0] == -signal.SIGKILL
-    code, said = run_in(folder, signalled_before(r"rename reports/\.cap-0\.5.*"))
-    assert code == -signal.SIGKILL, said
+    said_by(run_in(folder, signalled_before(r"rename reports/\.cap-0\.5.*")), -signal.SIGKILL)
     back = iter(range(10 ** 6, 0, -1))
 
     def before():
@@ -181,6 +163,5 @@ def test_locks_numbers_and_clocks(whole, tmp_path, monkeypatch):
             os.utime(path, (2_208_988_800, 2_208_988_800))
         monkeypatch.setattr(time, "time", lambda: float(next(back)))
 
-    code, said = run_in(folder, None if SOAK else signalled_before("mkdir tables"), before=before)
-    assert code == (0 if SOAK else -signal.SIGKILL), said
+    said_by(run_in(folder, None if SOAK else signalled_before("mkdir tables"), before=before), 0 if SOAK else -signal.SIGKILL)
     assert [name for name in differing(folder, whole) if SOAK or not name.startswith(("tables", "figures", "manifest"))] == []

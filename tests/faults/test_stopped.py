@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from cap_nb.core.stopping import STOPPED
-from faults.machinery import SOAK, WORDS, goes_on_to, run_in
+from faults.machinery import SOAK, WORDS, goes_on_to, run_in, said_by
 from faults.test_killed import MOMENTS, left_in_order, stopped
 
 
@@ -29,8 +29,7 @@ def test_two_signals_end_it_at_once(tmp_path):
             finally:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    code, said = run_in(tmp_path / "run", act)
-    assert code == 130 and said.count(STOPPED) == 1
+    assert said_by(run_in(tmp_path / "run", act), 130).count(STOPPED) == 1
 
 
 @pytest.mark.skipif(not SOAK, reason="reads the libraries six times")
