@@ -44,7 +44,7 @@ from cap_nb.core.errors import BadInput, check_seed, validate_arguments
 from cap_nb.core.plots import blank_figure, in_style
 from cap_nb.data.problems import TASK_TITLES, TASKS, task_title
 from cap_nb.evaluation import (
-    bootstrap_interval, right_shares, summarise_answers, summarise_choices, summarise_losses)
+    bootstrap_interval, right_shares, summarise_answers, summarise_choices, summarise_losses, wilson_interval)
 from cap_nb.importance import check_scores
 
 METHOD_TITLES = {"dense": "Dense", "wanda": "Wanda", "magnitude": "Magnitude", "cap": "CAP"} # In the order of the rows
@@ -215,6 +215,12 @@ class Comparison:
         "Whether a difference from zero may be claimed, on either side."
         return self.within(0, math.inf) or self.within(-math.inf, 0)
 
+# %% ../nbs/06_analysis.ipynb #6e86ce21
+def interval_of_gain(gained: int, lost: int, n: int, confidence: float = 0.95) -> tuple[float, float]: # Points
+    "Interval of a difference of accuracies, from Wilson's for the shares won and lost: never without width."
+    (won, won_most), (loss, loss_most) = (wilson_interval(count, n, (1 + confidence) / 2) for count in (gained, lost))
+    return 100 * (won - loss_most), 100 * (won_most - loss)
+
 # %% ../nbs/06_analysis.ipynb #c035
 def compare(first: Sequence[Measured], second: Sequence[Measured], seed: int = 0, flips: int = 9_999) -> Comparison:
     "First minus second on the same problems, a family of one; records of other problems raise `BadInput`."
@@ -223,7 +229,8 @@ def compare(first: Sequence[Measured], second: Sequence[Measured], seed: int = 0
     drawn = any(getattr(record, "sample", 0) for record in (*first, *second)) # then a problem's value is no yes or no
     if isinstance(first[0], AnswerRecord) and not drawn: alone, p = gained + lost, mcnemar_exact(gained, lost)
     else: p = sign_flip_test(values, seed, flips)
-    low, high = bootstrap_interval(values, seed)
+    alike = isinstance(first[0], AnswerRecord) and {*values} in ({0.0}, {100.0}, {-100.0}) # no width by resampling
+    low, high = interval_of_gain(gained, lost, len(values)) if alike else bootstrap_interval(values, seed)
     return Comparison(value=sum(values) / len(values), low=low, high=high, unit=unit, n=len(values), p=p, holm=p,
                       alone=alone)
 

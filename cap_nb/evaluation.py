@@ -174,8 +174,9 @@ def summarise_answers(records: Sequence[AnswerRecord], seed: int = 0) -> tuple[A
         k, of = 1 + max(record.sample for record in some), len(some)
         shares = [record.correct for record in some] if k == 1 else sorted(right_shares(some).values())
         n, right = len(shares), sum(shares)
-        # where all answers are right, or none, resampling would give an interval without width
-        ends = wilson_interval(round(right), n) if k == 1 or right in (0, n) else bootstrap_interval(shares, seed)
+        # where every problem has the same share, resampling would give an interval without width
+        alike = k == 1 or len({*shares}) == 1
+        ends = wilson_interval(round(right), n) if alike else bootstrap_interval(shares, seed)
         summaries.append(AccuracySummary(
             task=task, n=n, accuracy=right / n, low=ends[0], high=ends[1], samples=k,
             lenient=sum(r.lenient_correct for r in some) / of, followed=sum(r.strict is not None for r in some) / of,

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cap_nb.core.errors import BadInput
+from fixtures import refuses
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.experiments.claims import (
     CLAIMS, MEASURES, ModelRecords, answered_by_both, answers_of_dense, gain_comparison, neuron_cells, seed_runs, studies_of, study_gains)
@@ -39,8 +39,7 @@ def test_a_study_goes_to_the_model_that_it_is_of():
     assert "layer errors" in studies_of(FIGURES, "smollm2", model_of("smollm2_methods"))
     lab = studies_of(FIGURES, "lab", model_of("lab_methods"))
     assert {"budgets", "calibration sets", "weighed", "shrunk", "heads together", "screening"} == lab.keys()
-    with pytest.raises(BadInput, match="differ in the model"):
-        studies_of(FIGURES, "lab", model_of("lab_methods") | {"fingerprint": "0" * 64})
+    refuses("differ in the model", studies_of, FIGURES, "lab", model_of("lab_methods") | {"fingerprint": "0" * 64})
 
 
 def test_a_second_record_of_calibration_sets_joins_by_itself(tmp_path):
@@ -61,8 +60,7 @@ def test_a_second_record_of_calibration_sets_joins_by_itself(tmp_path):
 
 
 def test_methods_on_other_problems_are_refused():
-    with pytest.raises(BadInput, match="the same problems for every method"):
-        study_gains({"a": [1.0]}, {"a": [1.0, 2.0]}, "tasks")
+    refuses("the same problems for every method", study_gains, {"a": [1.0]}, {"a": [1.0, 2.0]}, "tasks")
 
 
 def test_a_gap_of_parts_wants_what_both_parts_measured():
@@ -89,28 +87,26 @@ def test_seeds_that_were_judged_on_other_problems_are_refused(measure):
     fewer = {key: replace(e, answers=tuple(a for a in e.answers if a.task != "lab-arc")) for key, e in cells.items()}
     case = {"of": "seeds", "first": "cap", "second": "wanda", "sparsity": 0.5, "on": "tasks"}
     assert asked(measure, ModelRecords("lab", cells, runs={"seeds": dict.fromkeys(range(3), cells)}), **case)
-    with pytest.raises(BadInput, match="other problems with one calibration seed"):
-        asked(measure, ModelRecords("lab", cells, runs={"seeds": {0: cells, 1: cells, 2: fewer}}), **case)
+    refuses("other problems with one calibration seed", asked, measure, ModelRecords("lab", cells, runs={"seeds": {0: cells, 1: cells, 2: fewer}}), **case)
+    turned = {key: replace(e, answers=e.answers[::-1]) for key, e in cells.items()}  # whose problems would be paired with others
+    refuses("other problems with one calibration seed", asked, measure, ModelRecords("lab", cells, runs={"seeds": {0: cells, 1: turned}}), **case)
 
 
 def test_neurons_at_a_sparsity_that_the_main_run_lacks_are_refused():
     cells = {(e.method, e.sparsity): e for e in load_run(FIGURES / "lab_methods").evaluations}
     assert neuron_cells(FIGURES, "lab", cells)
-    with pytest.raises(BadInput, match="has none of cap"):
-        neuron_cells(FIGURES, "lab", {key: e for key, e in cells.items() if key[1] != 0.5})
+    refuses("has none of cap", neuron_cells, FIGURES, "lab", {key: e for key, e in cells.items() if key[1] != 0.5})
 
 
 def test_the_dense_model_s_answers_are_those_of_this_model():
     dense = answers_of_dense(FIGURES / "qwen_answers", load_run(FIGURES / "qwen"), {})
     assert len(dense) == 200 and sum(answer.lenient_correct for answer in dense) == 50
-    with pytest.raises(BadInput, match="differ in"):
-        answers_of_dense(FIGURES / "qwen_answers", load_run(FIGURES / "lab_methods"), {})
+    refuses("differ in", answers_of_dense, FIGURES / "qwen_answers", load_run(FIGURES / "lab_methods"), {})
     cells = {(e.method, e.sparsity): e for e in load_run(QWEN / "solvers").evaluations}
     records = ModelRecords("qwen", {}, runs={"held out": {0: cells}}, dense_answers=dense)
     kept = asked("right answers kept", records, first="alps")
-    assert kept.value == pytest.approx(22 / 50) and kept.n == 200 and kept.high < 2 / 3
-    with pytest.raises(BadInput, match="problems were not put to the pruned one"):
-        answered_by_both(cells["alps", 0.5].answers, dense)
+    assert kept.value == pytest.approx(22 / 50) and kept.n == 50 and kept.high < 2 / 3
+    refuses("problems were not put to the pruned one", answered_by_both, cells["alps", 0.5].answers, dense)
 
 
 def test_several_answers_to_a_problem_count_as_one():
@@ -119,8 +115,7 @@ def test_several_answers_to_a_problem_count_as_one():
     four = [replace(one, uid=str(problem), sample=sample, lenient_correct=sample < 3) for problem in range(5) for sample in range(4)]
     dense = [replace(one, uid=str(problem)) for problem in range(5)]
     assert answered_by_both(dense, four).tolist() == [[0.75, 1.0]] * 5
-    with pytest.raises(BadInput, match="5 of the dense model's 5 problems"):
-        answered_by_both([replace(answer, task="gsm8k_fresh") for answer in dense], four)
+    refuses("5 of the dense model's 5 problems", answered_by_both, [replace(answer, task="gsm8k_fresh") for answer in dense], four)
     margin = gain_comparison(np.array([25.0, 25.0, 25.0, -50.0] * 10), "points", 0.95, test=False)
     assert margin.low < margin.value < margin.high and margin.value == 6.25
 

@@ -19,13 +19,14 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from scipy import stats
-from ..analysis import (
-    Comparison, LEVEL, comparable_parts, correct_family, mcnemar_exact, paired_values, paper_measure, sign_flip_test)
+from cap_nb.analysis import (
+    Comparison, LEVEL, comparable_parts, correct_family, interval_of_gain, mcnemar_exact, paired_values, paper_measure,
+    sign_flip_test)
 from ..calibration import deal_subsets
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import read_checked, sha256_of_file, write_json, write_text
 from ..core.plots import blank_figure, in_style, save_figure
-from ..evaluation import AnswerRecord, Evaluation, bootstrap_interval, right_shares, wilson_interval
+from ..evaluation import AnswerRecord, Evaluation, bootstrap_interval, right_shares
 from .seeds import split_variance
 from .variants import FEWEST_CHAINS, VARIANTS, losses_of_task, only_examples, variant_scores
 from ..jobs.records import PACKED, Run, is_run, load_run, read_run, settings_of
@@ -244,25 +245,19 @@ def number(value: float, interval: tuple[float, float], unit: str, n: int, p: fl
     low, high = interval
     return Comparison(value=float(value), low=float(low), high=float(high), unit=unit, n=n, p=p, fewest=fewest)
 
-def cautious_interval(gains: np.ndarray, confidence: float) -> tuple[float, float]: # Points
-    "Interval of a difference of accuracies from Wilson's for the shares won and lost: never empty."
-    def share(count): return wilson_interval(int(count), len(gains), (1 + confidence) / 2)
-    (won, won_most), (lost, lost_most) = share((gains > 0).sum()), share((gains < 0).sum())
-    return 100 * (won - lost_most), 100 * (won_most - lost)
-
 def gain_comparison(gains: np.ndarray, unit: str, confidence: float, test: bool = True) -> Comparison:
     "Mean gain: over seeds and problems, or with a bootstrap and an exact test, or cautiously for a margin."
-    if gains.ndim > 1 and len(gains) > 1: return split_variance(gains, confidence).comparison(unit)
-    gains = gains.reshape(-1)
-    mean, n = gains.mean(), len(gains)
-    answers = {*np.abs(gains)} <= {0.0, 100.0}
-    if not test and answers and unit == "points":
-        return number(mean, cautious_interval(gains, confidence), unit, n, fewest=1)
-    interval = bootstrap_interval(gains, 0, confidence)
-    if not test: return number(mean, interval, unit, n)
+    alike = unit == "points" and {*gains.flat} in ({0.0}, {100.0}, {-100.0}) # no width by resampling
+    if gains.ndim > 1 and len(gains) > 1 and not alike: return split_variance(gains, confidence).comparison(unit)
+    gains = np.atleast_2d(gains)[0] # seeds that are alike in all are one
+    mean, n, won, lost = gains.mean(), len(gains), int((gains > 0).sum()), int((gains < 0).sum())
     # of several answers a share is right, and a difference of differences may be 200: neither is yes or no
-    p = mcnemar_exact(int((gains > 0).sum()), int((gains < 0).sum())) if answers else sign_flip_test(gains)
-    return number(mean, interval, unit, n, p)
+    answers = unit == "points" and {*np.abs(gains)} <= {0.0, 100.0}
+    cautious = alike or answers and not test
+    interval = interval_of_gain(won, lost, n, confidence) if cautious else bootstrap_interval(gains, 0, confidence)
+    if not test: return number(mean, interval, unit, n, fewest=1 if answers else 20)
+    found = number(mean, interval, unit, n, mcnemar_exact(won, lost) if answers else sign_flip_test(gains))
+    return replace(found, alone=won + lost if answers else None)
 
 # %% ../../nbs/experiments/02_claims.ipynb #faba2687
 READ_LENIENTLY = "answers read leniently" # Stands in the label of a case that counts lenient readings
@@ -280,8 +275,8 @@ def answers_alone(cells: Cells) -> Cells:
 PARTS = dict.fromkeys(("main", "seeds", "experts", "neurons"), dict) | {
     "held out": losses_alone, "held out experts": losses_alone, "held out answers": answers_alone} # Of the runs asked
 
-def problems_of(evaluation: Evaluation) -> tuple[frozenset[str], frozenset[str]]: # Of answers, and of losses
-    return frozenset(answer.uid for answer in evaluation.answers), frozenset(loss.uid for loss in evaluation.losses)
+def problems_of(evaluation: Evaluation) -> tuple[tuple[str, ...], ...]: # Of answers, and of losses, in order
+    return tuple(answer.uid for answer in evaluation.answers), tuple(loss.uid for loss in evaluation.losses)
 
 def pairs_of(case: Claim, records: ModelRecords) -> list[tuple[Evaluation, Evaluation]]:
     "Two methods in the runs that a case asks about; of several seeds, the main run's where fewer than two have both."
@@ -453,7 +448,7 @@ NONE = (math.nan, math.nan) # The interval of a number whose exact test stands a
 MOST_ORDERS = 40_320 # All orders of eight seeds; of more orders or swaps as many are drawn
 
 def swap_test(values: np.ndarray) -> tuple[float, float]:
-    "Whether one method varies more over seeds than another, by swapping labels within seeds (up to 16: exact)."
+    "Whether one method varies more over seeds than another, by swapping labels within seeds, all swaps up to 16 seeds."
     values = values - values.mean(axis=1, keepdims=True) # swapped means would count as spread
     def ratio(layout: np.ndarray) -> float: # of variances added up over tasks, of which one may be zero
         spread = layout.var(axis=1, ddof=1).sum(axis=-1)
@@ -476,7 +471,7 @@ def spread_over_seeds(case: Claim, records: ModelRecords, confidence: float) -> 
     pairs = pairs_of(case, records)
     if len(pairs) < 3 or not all(e.answers for pair in pairs for e in pair): return None
     value, p = swap_test(np.array([[accuracies(pair[which]) for pair in pairs] for which in (1, 0)]))
-    return number(value, NONE, "log ratio of spreads", len(pairs), p, fewest=1)
+    return number(value, NONE, "log ratio of spreads", len(pairs), p, fewest=6) # of 2^5 swaps p is at least 1/16
 
 def permutation_test(one: Sequence[float], other: Sequence[float]) -> tuple[float, float] | None:
     "Whether two numbers rise together over seeds, by their ranks; None where one of them is always the same."
@@ -496,7 +491,7 @@ def separation_and_gain(case: Claim, records: ModelRecords, confidence: float) -
     if len(pairs) < 4 or any(found is None for found in pairs): return None
     gains = [values.mean() for values, _ in pairs]
     found = permutation_test([1 - heads_for_half(records.seed_losses[seed]) for seed in seeds], gains)
-    return found and number(found[0], NONE, "rank correlation", len(seeds), found[1], fewest=1)
+    return found and number(found[0], NONE, "rank correlation", len(seeds), found[1], fewest=5) # of 4! orders 1/12
 
 # %% ../../nbs/experiments/02_claims.ipynb #6aa47453
 def distance_to_sparsity(case: Claim, records: ModelRecords, confidence: float) -> Comparison | None:
@@ -528,7 +523,7 @@ IN_STUDY: dict[str, tuple[str, Callable[[Mapping], Losses]]] = { # Measure -> st
         for name, row in record["rows"].items() if " " in name})}
 
 def study_gains(first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]], on: str) -> np.ndarray:
-    "Two models of a study's record, problem by problem; different problems raise `BadInput`."
+    "Two models of a study's record, problem by problem; different numbers of them raise `BadInput`."
     sizes, others = ({name: len(values) for name, values in losses.items()} for losses in (first, second))
     if sizes != others:
         raise BadInput(f"A study's record has losses on {sizes} and on {others}: expected the same problems for every "
@@ -574,7 +569,7 @@ def screening(case: Claim, records: ModelRecords, confidence: float) -> Comparis
     return number(np.mean(draws), bootstrap_interval(draws, 0, confidence), "rank correlation", len(draws))
 
 def layer_errors(case: Claim, records: ModelRecords, confidence: float) -> Comparison | None:
-    "What the joint solver leaves of SparseGPT's error, median over projections with a percentile bootstrap."
+    "What the joint solver leaves of SparseGPT's error, median over projections, bootstrapped as if independent."
     study = records.studies.get("layer errors", {"sparsity": None})
     if study["sparsity"] != case.sparsity: return None
     shares = np.array(list(study["shares"].values()), dtype=np.float64)
@@ -612,7 +607,7 @@ def right_answers_kept(case: Claim, records: ModelRecords, confidence: float) ->
     if not pruned or not any(answer.lenient_correct for answer in records.dense_answers): return None
     pairs = answered_by_both(records.dense_answers, pruned)
     value, *interval = ratio_of_right(pairs, confidence)
-    return number(value, interval, "share kept", len(pairs))
+    return number(value, interval, "share kept", int((pairs[:, 1] > 0).sum())) # problems that the dense model solves
 
 MEASURES |= dict.fromkeys(IN_STUDY, gain_in_study) | {
     "answers gained by calibration sets": answers_of_sets, "beyond the sum": beyond_the_sum, "screening": screening,
@@ -644,7 +639,8 @@ def is_listed(case: Claim, records: ModelRecords) -> bool: # Whether it is liste
 def reason(comparison: Comparison | None, judged: str) -> str: # Why it is undecided; empty otherwise
     if judged != UNDECIDED: return ""
     if comparison.n < comparison.fewest: return f"too few: n = {comparison.n}"
-    return "no difference" if comparison.low == comparison.high == 0 else "interval or test does not decide"
+    none = comparison.alone == 0 or comparison.low == comparison.high == 0
+    return "no problem differs" if none else "interval or test does not decide"
 
 # %% ../../nbs/experiments/02_claims.ipynb #33a07f7f
 @validate_arguments
@@ -671,7 +667,7 @@ def cell_of(row: pd.Series) -> str: # Verdict, number, unit and test
     if row["Verdict"] == NOT_MEASURED: return NOT_MEASURED
     judged = UNDECIDED if row["Verdict"] == UNDECIDED else f"**{row['Verdict']}**"
     test = "" if pd.isna(row["p"]) else f", Holm {p_text(row['Holm'])}"
-    why = f"; {row['Why']}" if row["Why"].startswith(("too few", "no diff")) else ""
+    why = f"; {row['Why']}" if row["Why"].startswith(("too few", "no problem")) else ""
     interval = interval_text(number(row["Value"], (row["Low"], row["High"]), row["Unit"], row["n"]))
     return f"{judged}: {interval} {row['Unit']} (n = {row['n']}{test}){why}"
 
@@ -700,7 +696,8 @@ READING_NOTES = (
     "an answer, since Qwen seldom writes the line that it is asked for. Budgets and calibration sets have problems of "
     "their own, budgets validation problems.",
     "Intervals hold together for all cases of a claim on a model (Bonferroni); Holm: p corrected over the same cases. "
-    "But for the cases of several seeds, they hold for the one calibration set that was used.",
+    "But for the cases of several seeds, they hold for the one calibration set that was used; over two or three "
+    "seeds that differ a lot, p is too small and a small p is weak evidence.",
     f"Supported, or contradicted: the interval lies within, or outside, what the claim says, and Holm's p is at most "
     f"{LEVEL} where there is a test. Section 'ours': a question that the paper does not ask. Every case, with its "
     "numbers, stands in ledger.csv.")

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from cap_nb.analysis import (
+from ..analysis import (
     by_cell, CAP_PAIRS, Comparison, correct_family, method_title, problem_values, records_by_measure, row_order,
-    shared_cells)
+    shared_cells, sign_flip_test)
 from ..core.errors import BadInput, check_at_least, validate_arguments
 from ..core.plots import blank_figure, in_style, method_looks
 from ..evaluation import Evaluation
@@ -75,7 +75,8 @@ def split_variance(layout: np.ndarray, confidence: float = 0.95) -> VarianceSpli
     spread = a**2 / (seeds - 1) + b**2 / (problems - 1) + rest**2 / ((seeds - 1) * (problems - 1))
     degrees = max(min(seeds, problems) - 1, (a + b - rest) ** 2 / spread) if spread else 1
     half = float(stats.t.ppf((1 + confidence) / 2, degrees)) * error
-    tail = 2 * stats.t.sf(abs(mean) / error, degrees) if error else float(mean == 0)
+    alike = error <= 1e-12 * abs(mean) # the same everywhere, but for rounding
+    tail = sign_flip_test(np.mean(layout, 0)) if alike else 2 * stats.t.sf(abs(mean) / error, degrees)
     return VarianceSplit(mean=mean, low=mean - half, high=mean + half, p=float(tail), seeds=seeds,
                          problems=problems, calibration=(a - rest) / problems, evaluation=(b - rest) / seeds, rest=rest)
 

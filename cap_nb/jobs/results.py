@@ -88,7 +88,6 @@ def problem_rows(evaluation: Evaluation) -> Iterator[tuple]: # measure, task, th
 
 # %% ../../nbs/jobs/07_results.ipynb #c024
 def run_rows(name: str, run: Run, summary: bool) -> Iterator[tuple]:
-    "All rows of a run."
     about = run.configuration
     for evaluation in run.evaluations:
         which = (name, about["model"]["name"], about["calibration"]["seed"], evaluation.method, evaluation.sparsity,
@@ -377,7 +376,6 @@ def save_comparison(comparisons: Mapping[tuple[str, str, float, str], Comparison
 
 # %% ../../nbs/jobs/07_results.ipynb #r012
 def equal_row(what: str, pairs: list[tuple[object, object]], largest: float | None = None) -> tuple: # A row
-    "How many of some values are equal."
     return what, len(pairs), sum(first == second for first, second in pairs), largest
 
 def loss_row(first: Run, second: Run) -> tuple | None: # A row of the table; None where one of them scored no heads

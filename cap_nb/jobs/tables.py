@@ -141,13 +141,14 @@ def share_kept(dense: Sequence[AnswerRecord], pruned: Sequence[AnswerRecord], le
     if not solved: return (math.nan,) * 3
     weights = np.array([before[problem] for problem in solved], dtype=float)
     kept = weights * [after[problem] for problem in solved]
-    if not any(record.sample for record in (*dense, *pruned)):
-        return float(kept.mean()), *wilson_interval(int(kept.sum()), len(kept))
+    value = float(kept.sum() / weights.sum())
+    if len({after[problem] for problem in solved}) == 1 or not any(record.sample for record in (*dense, *pruned)):
+        return value, *wilson_interval(round(value * len(kept)), len(kept))
     def ratio(rows: np.ndarray, axis: int) -> np.ndarray:
         drawn = rows.astype(int)
         return kept[drawn].sum(axis) / weights[drawn].sum(axis)
     rows = [float(row) for row in range(len(kept))]
-    return float(kept.sum() / weights.sum()), *bootstrap_interval(rows, seed, statistic=ratio)
+    return value, *bootstrap_interval(rows, seed, statistic=ratio)
 
 # %% ../../nbs/jobs/00_tables.ipynb #c011
 SHARES = ["Strict", "Lenient", "Format followed", "No answer", "Tokens", "Cut off"] # Columns of answers
@@ -174,7 +175,8 @@ def answer_table(evaluations: Iterable[Evaluation]) -> pd.DataFrame:
 READINGS_NOTE = ("Format followed: an answer in the asked form, as the strict reading takes it. No answer: the lenient "
                  "reading finds none either.")
 KEPT_NOTE = ("Kept: of the problems that the dense model solves, strictly read, the share that the pruned model solves "
-             "too; 95 % Wilson interval, with drawn answers a bootstrap interval over problems.")
+             "too; 95 % Wilson interval, with drawn answers a bootstrap interval over problems (two draws of one model "
+             "do not reach 100 either).")
 
 def answer_markdown(answers: pd.DataFrame) -> str: # Markdown
     def kept(row: pd.Series) -> list[str]:
@@ -209,7 +211,6 @@ def interval_text(comparison: Comparison) -> str: # As in "+5.0 [+0.5, +9.5]"; e
     return f"{rounded_text(comparison.value, digits)} [{low}, {high}]"
 
 def comparison_mark(comparison: Comparison) -> str:
-    "The mark of a difference that may be claimed."
     return "" if not comparison.decided else "▲" if is_better(comparison) else "▼"
 
 def comparison_text(comparison: Comparison) -> str: # As in "+5.0 [+0.5, +9.5] ▲"
