@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 import numpy as np
@@ -150,11 +151,17 @@ def kit_tasks() -> dict[str, str]: # As in "cap_lab_arc" -> "lab-arc"
     "Our tasks that the harness can judge, under the names that it has for them."
     return {harness_name(task): task for task in TASKS if task_family(task) in ANSWER_LINES}
 
+@cache
+def tasks_of_harness() -> object:
+    "The harness's index of its own tasks, for which it reads thousands of files."
+    with undisturbed(): return imported_harness().tasks.TaskManager()
+
 def check_harness_tasks(tasks: Sequence[str]) -> None:
     "Raise `BadInput` for a name that is no task of the harness and none of ours; it may tell the likeliest one."
-    lm_eval, ours = imported_harness(), kit_tasks()
+    imported_harness() # or a sentence, whatever is asked for
+    ours = kit_tasks()
     theirs = [name for name in tasks if name not in ours]
-    with undisturbed(): known = lm_eval.tasks.TaskManager().all_tasks if theirs else []
+    known = tasks_of_harness().all_tasks if theirs else []
     for name in theirs:
         if name in known: continue
         likely = difflib.get_close_matches(name, [*ours, *known], n=1)
@@ -209,7 +216,7 @@ def harness_results(model: torch.nn.Module, tokenizer: object,
         for part, values in parts.items(): found[part] |= values
     with undisturbed(), inference(model), tempfile.TemporaryDirectory() as folder:
         if theirs: # before ours are judged; a data set that is a program raises a RuntimeError
-            with data_at_hand(theirs, RuntimeError, ValueError): (their := lm_eval.tasks.TaskManager()).load(theirs)
+            with data_at_hand(theirs, RuntimeError, ValueError): tasks_of_harness().load(theirs)
         if own:
             for task in (ours[name] for name in own):
                 problems = evaluation_problems(task, settings.limit, settings.seed, settings.data_dir)
@@ -217,7 +224,7 @@ def harness_results(model: torch.nn.Module, tokenizer: object,
             manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
             with greedy_settings(model, tokenizer):
                 note(judged(model, tokenizer, own, manager, tokenizer.chat_template is None, settings))
-        if theirs: note(judged(model, tokenizer, theirs, their, None, settings))
+        if theirs: note(judged(model, tokenizer, theirs, tasks_of_harness(), None, settings))
     return found
 
 # %% ../../nbs/experiments/04_harness.ipynb #c051
