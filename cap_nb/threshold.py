@@ -8,7 +8,7 @@ __all__ = ['PruneReport', 'plot_zeros']
 # %% ../nbs/04_threshold.ipynb #17bedcf4
 import torch
 from torch import nn
-from cap_nb.models.anatomy import projections
+from cap_nb.models.anatomy import Projection, projections
 from cap_nb.regions import region_factors
 
 def weight_scores(model: nn.Module, factors: torch.Tensor | None = None) -> torch.Tensor:
@@ -42,6 +42,7 @@ def smallest_naive(scores: torch.Tensor, count: int) -> torch.Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).flatten().index_fill(0, order[:count], True).view_as(scores)
 
 # %% ../nbs/04_threshold.ipynb #90e2eca2
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 @dataclass(frozen=True)
@@ -57,16 +58,18 @@ class PruneReport:
     table: tuple[tuple[int, str, str, int, int], ...] # (layer, role, name, zeros, weights) of every projection
 
 # %% ../nbs/04_threshold.ipynb #9026ac44
-def report_of(table: tuple, method: str, asked: float, tau: float | None, ties: int) -> PruneReport:
-    "A report from the zeros of every projection."
-    zeros, weights = sum(row[3] for row in table), sum(row[4] for row in table)
-    return PruneReport(method=method, asked=asked, reached=zeros / weights, weights=weights, zeros=zeros,
+def report_of(scope: Sequence[Projection], zeros: Mapping[str, int], method: str, asked: float,
+              tau: float | None = None, ties: int = 0) -> PruneReport:
+    "A report from the zeros of every projection, by module name."
+    table = tuple((p.layer, p.role, p.name, zeros[p.name], p.weight.numel()) for p in scope)
+    found, weights = sum(row[3] for row in table), sum(row[4] for row in table)
+    return PruneReport(method=method, asked=asked, reached=found / weights, weights=weights, zeros=found,
                        threshold=tau, ties=ties, table=table)
 
 def prune_report(model: nn.Module, method: str, asked: float, tau: float | None = None, ties: int = 0) -> PruneReport:
     "Count the zeros of a model, projection by projection."
-    table = tuple((p.layer, p.role, p.name, int((p.weight == 0).sum()), p.weight.numel()) for p in projections(model))
-    return report_of(table, method, asked, tau, ties)
+    scope = projections(model)
+    return report_of(scope, {p.name: int((p.weight == 0).sum()) for p in scope}, method, asked, tau, ties)
 
 # %% ../nbs/04_threshold.ipynb #e3941897
 @torch.no_grad()

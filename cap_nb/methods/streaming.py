@@ -362,8 +362,8 @@ def lay_out(checkpoint: Checkpoint, folder: Path) -> None:
 
 # %% ../../nbs/methods/25_streaming.ipynb #c7b6067f
 def write_pruned(checkpoint: Checkpoint, folder: Path, parts: MethodName, sparsity: float, measured: Measurements,
-                 ties: str, at_once: int) -> tuple[dict[str, int], Threshold | None]:
-    "Write every weight in scope with its zeros; their number by module, and the threshold of the whole model if any."
+                 ties: str, at_once: int) -> tuple[dict[str, int], tuple]:
+    "Write every weight in scope with its zeros; their number by module, and the whole model's threshold and its ties."
     scope, scoped = own_scope(parts), projections(checkpoint.model)
     zeros, before = dict.fromkeys((p.name for p in scoped), 0), 0
     with tqdm(desc=parts.base, unit="weight", unit_scale=True) as bar:
@@ -377,14 +377,7 @@ def write_pruned(checkpoint: Checkpoint, folder: Path, parts: MethodName, sparsi
                 zeros[piece.projection.name] += bits.numel() - int((bits << 1).count_nonzero())
                 write_rows(piece, rows, folder)
     warn_of_zeros(before, sum(p.weight.numel() for p in scoped))
-    return zeros, threshold if scope == "model" else None
-
-def streamed_report(scope: Sequence[Projection], method: str, asked: float, zeros: dict[str, int],
-                    threshold: Threshold | None) -> PruneReport:
-    "The report that `prune_report` would make of the model, from the zeros that were counted while writing."
-    table = tuple((p.layer, p.role, p.name, zeros[p.name], p.weight.numel()) for p in scope)
-    tau, ties = (threshold.value, threshold.ties) if threshold else (None, 0)
-    return report_of(table, method, asked, tau, ties)
+    return zeros, (threshold.value, threshold.ties) if threshold and scope == "model" else ()
 
 # %% ../../nbs/methods/25_streaming.ipynb #c083
 @validate_arguments
@@ -404,8 +397,8 @@ def prune_checkpoint(
     measured = measurements_for(checkpoint, method, factors, norms)
     with whole_folder(dst) as part:
         lay_out(checkpoint, part)
-        zeros, threshold = write_pruned(checkpoint, part, parts, sparsity, measured, ties, at_once)
-    return streamed_report(projections(checkpoint.model), method, sparsity, zeros, threshold)
+        zeros, reached = write_pruned(checkpoint, part, parts, sparsity, measured, ties, at_once)
+    return report_of(projections(checkpoint.model), zeros, method, sparsity, *reached)
 
 # %% ../../nbs/methods/25_streaming.ipynb #cebdda4c
 def kept_wide(model: nn.Module, dtype: torch.dtype) -> set[str]:
@@ -558,7 +551,7 @@ def solve_checkpoint(src: str | Path, dst: str | Path, sparsity: float, hessians
         measured = measurements_for(checkpoint, method, factors, norms)
     with whole_folder(dst) as part:
         lay_out(checkpoint, part)
-        if measured: zeros, threshold = write_pruned(checkpoint, part, parts, sparsity, measured, "exact", AT_ONCE)
+        if measured: zeros, reached = write_pruned(checkpoint, part, parts, sparsity, measured, "exact", AT_ONCE)
         if parts.base in SOLVERS or parts.recovery:
-            zeros, threshold = write_solved(checkpoint, part, parts, sparsity, given), None
-    return streamed_report(weights, method, sparsity, zeros, threshold)
+            zeros, reached = write_solved(checkpoint, part, parts, sparsity, given), ()
+    return report_of(weights, zeros, method, sparsity, *reached)

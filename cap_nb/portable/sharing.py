@@ -35,12 +35,12 @@ from ..jobs.tables import markdown_rows, table_markdown, value_text
 from ..methods.criteria import CRITERIA
 from ..methods.prune import check_method, method_line, own_scope
 from ..methods.selection import pattern_of
-from ..methods.streaming import open_checkpoint, read_weight, streamed_report
+from ..methods.streaming import open_checkpoint, read_weight
 from ..models.anatomy import projections
 from ..models.loading import fingerprint_differences
 from .format import MANIFEST, check_whole, read_manifest
 from ..scoring import HeadLosses
-from ..threshold import PruneReport, zero_shares
+from ..threshold import PruneReport, report_of, zero_shares
 
 # %% ../../nbs/portable/04_sharing.ipynb #c005
 def examples_record(tasks: Sequence[str], k: int, seed: int, fingerprint: str | None) -> dict: # What JSON can hold
@@ -146,7 +146,7 @@ def zeros_of_folder(folder: str | Path, method: str, asked: float) -> tuple[Prun
         zeros[p.name] = int(mask.sum())
         digest.update(f"{p.name} {tuple(p.stored.shape)}".encode())
         digest.update(np.packbits((mask.T if p.transposed else mask).numpy()))
-    return streamed_report(projections(checkpoint.model), method, asked, zeros, None), digest.hexdigest()
+    return report_of(projections(checkpoint.model), zeros, method, asked), digest.hexdigest()
 
 # %% ../../nbs/portable/04_sharing.ipynb #87935614
 def layer_table(report: PruneReport) -> str: # A table in Markdown, per cent
