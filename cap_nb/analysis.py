@@ -216,6 +216,8 @@ class Comparison:
         return self.within(0, math.inf) or self.within(-math.inf, 0)
 
 # %% ../nbs/06_analysis.ipynb #6e86ce21
+ALL_ALIKE = ({0.0}, {100.0}, {-100.0}) # Differences, in points, to which resampling would give no width
+
 def interval_of_gain(gained: int, lost: int, n: int, confidence: float = 0.95) -> tuple[float, float]: # Points
     "Interval of a difference of accuracies, from Wilson's for the shares won and lost: never without width."
     (won, won_most), (loss, loss_most) = (wilson_interval(count, n, (1 + confidence) / 2) for count in (gained, lost))
@@ -229,7 +231,7 @@ def compare(first: Sequence[Measured], second: Sequence[Measured], seed: int = 0
     drawn = any(getattr(record, "sample", 0) for record in (*first, *second)) # then a problem's value is no yes or no
     if isinstance(first[0], AnswerRecord) and not drawn: alone, p = gained + lost, mcnemar_exact(gained, lost)
     else: p = sign_flip_test(values, seed, flips)
-    alike = isinstance(first[0], AnswerRecord) and {*values} in ({0.0}, {100.0}, {-100.0}) # no width by resampling
+    alike = isinstance(first[0], AnswerRecord) and {*values} in ALL_ALIKE
     low, high = interval_of_gain(gained, lost, len(values)) if alike else bootstrap_interval(values, seed)
     return Comparison(value=sum(values) / len(values), low=low, high=high, unit=unit, n=len(values), p=p, holm=p,
                       alone=alone)

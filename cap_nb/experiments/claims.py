@@ -19,9 +19,9 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from scipy import stats
-from cap_nb.analysis import (
-    Comparison, LEVEL, comparable_parts, correct_family, interval_of_gain, mcnemar_exact, paired_values, paper_measure,
-    sign_flip_test)
+from ..analysis import (
+    ALL_ALIKE, Comparison, LEVEL, comparable_parts, correct_family, interval_of_gain, mcnemar_exact, paired_values,
+    paper_measure, sign_flip_test)
 from ..calibration import deal_subsets
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import read_checked, sha256_of_file, write_json, write_text
@@ -247,7 +247,7 @@ def number(value: float, interval: tuple[float, float], unit: str, n: int, p: fl
 
 def gain_comparison(gains: np.ndarray, unit: str, confidence: float, test: bool = True) -> Comparison:
     "Mean gain: over seeds and problems, or with a bootstrap and an exact test, or cautiously for a margin."
-    alike = unit == "points" and {*gains.flat} in ({0.0}, {100.0}, {-100.0}) # no width by resampling
+    alike = unit == "points" and {*gains.flat} in ALL_ALIKE
     if gains.ndim > 1 and len(gains) > 1 and not alike: return split_variance(gains, confidence).comparison(unit)
     gains = np.atleast_2d(gains)[0] # seeds that are alike in all are one
     mean, n, won, lost = gains.mean(), len(gains), int((gains > 0).sum()), int((gains < 0).sum())
