@@ -42,13 +42,13 @@ def predictions(model, calibration):
 SHAPES = ("llama", "gpt2", "mixtral", "phi3", "gpt_neox", "gemma2", "bloom", "gpt_oss", "deepseek_v3, one dense layer")  # one of each layout
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_divergences_equal_those_of_whole_passes(name):
+@pytest.mark.parametrize("name, apart", [*((name, False) for name in SHAPES), ("llama", True), ("mixtral", True)])
+def test_divergences_equal_those_of_whole_passes(name, apart):
     model, calibration = tiny_model(name), tiny_calibration()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     local, intact = wanda_local(model, calibration), predictions(model, calibration)
-    fast = measured_divergences(model, calibration, LEVELS, local, 30)
-    for r, region in enumerate(sublayers(model)):
+    fast = measured_divergences(model, calibration, LEVELS, local, 30, apart=apart)
+    for r, region in enumerate(sublayers(model, apart)):
         with pruned_regions(model, [region], local) as set_shares:
             set_shares([LEVELS[1]])
             changed = predictions(model, calibration)

@@ -144,9 +144,9 @@ ALLOCATIONS.update({
 # %% ../../nbs/methods/22_budgets.ipynb #255ec7c4
 @dataclass(frozen=True)
 class Region:
-    "A part of the model that gets one share of zeros: a layer's attention, or its MLP with all its experts."
+    "A part of the model that gets one share of zeros: a layer's attention, its MLP with all its experts, or less."
     layer: int # Index of the decoder layer, from 0
-    kind: str # "attention" or "mlp"
+    kind: str # "attention" or "mlp", or a projection's role, as in "down"
     modules: tuple[str, ...] # Names of its projections
     weights: int # n, weights in scope in it
 
@@ -155,11 +155,11 @@ class Region:
         "As in 3.attention."
         return f"{self.layer}.{self.kind}"
 
-def sublayers(model: nn.Module) -> tuple[Region, ...]:
-    "The regions of a model: the attention and the MLP of every layer."
+def sublayers(model: nn.Module, apart: bool = False) -> tuple[Region, ...]:
+    "The regions of a model: the attention and the MLP of every layer, or their projections by role."
     groups: dict[tuple[int, str], list[Projection]] = {}
     for p in projections(model):
-        groups.setdefault((p.layer, "attention" if p.role in HOLDS else "mlp"), []).append(p)
+        groups.setdefault((p.layer, p.role if apart else "attention" if p.role in HOLDS else "mlp"), []).append(p)
     return tuple(Region(layer=layer, kind=kind, modules=tuple(p.name for p in group),
                         weights=sum(p.weight.numel() for p in group)) for (layer, kind), group in groups.items())
 
@@ -231,9 +231,10 @@ def measured_rows(path: Path | None, about: dict) -> list[torch.Tensor]: # [m, N
 
 @torch.no_grad()
 def measured_divergences(model: nn.Module, calibration: Calibration, levels: Sequence[float], local: Local,
-                         batch_tokens: int = 4096, path: Path | None = None) -> torch.Tensor: # float64 [R, m, N]
+                         batch_tokens: int = 4096, path: Path | None = None,
+                         apart: bool = False) -> torch.Tensor: # float64 [R, m, N]
     "Prune every region alone to each level, in one walk; holds the states of all tokens at one layer. Resumes a file."
-    regions, uids = sublayers(model), [example.uid for example in calibration.examples]
+    regions, uids = sublayers(model, apart), [example.uid for example in calibration.examples]
     about = {"levels": list(levels), "regions": [region.name for region in regions], "uid": uids}
     rows, layer = measured_rows(path, about), 0
     batches = prepared_batches(model, calibration, batch_tokens) if len(rows) < len(regions) else []
@@ -299,6 +300,7 @@ class BudgetSettings:
     cap: float = 0.95 # The largest share that a region may get
     seed: int = 0 # Seed of the examples
     batch_tokens: int = 4096 # Padded tokens per batch
+    apart: bool = False # Whether each projection is pruned alone, and not a whole attention or MLP
 
 # %% ../../nbs/methods/22_budgets.ipynb #e118c767
 @dataclass(frozen=True)
@@ -363,13 +365,14 @@ def measured_budgets(
     if store:
         origin = {"model": model_fingerprint(model), "calibration": calibration.fingerprint, "local": local.name,
                   "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "levels": list(settings.levels),
-                  "examples": settings.examples, "seed": settings.seed, "batch_tokens": settings.batch_tokens}
+                  "examples": settings.examples, "seed": settings.seed, "batch_tokens": settings.batch_tokens,
+                  "apart": settings.apart}
         folder = Path(store)/f"budgets-{sha256_of_text(json_text(origin))[:16]}"
     with alone_in(folder) if folder else nullcontext():
         chosen = spread_over_strata(calibration, settings.examples, settings.seed)
         kl = measured_divergences(model, chosen, settings.levels, local, settings.batch_tokens,
-                                  folder and folder/"table.safetensors")
-    return solved_budgets(sublayers(model), settings.levels, kl, sparsity, settings.cap)
+                                  folder and folder/"table.safetensors", settings.apart)
+    return solved_budgets(sublayers(model, settings.apart), settings.levels, kl, sparsity, settings.cap)
 
 # %% ../../nbs/methods/22_budgets.ipynb #1d59eb44
 def divergence_shares(model: nn.Module, inputs: Inputs, sparsity: float) -> dict[str, float]:
