@@ -21,7 +21,8 @@ import torch
 from torch import nn
 from .calibration import Calibration
 from .core.errors import BadInput, check_at_least
-from .core.files import alone_in, check_new_folder, read_checked, remove, whole_folder, write_checked
+from .core.files import (
+    alone_in, check_new_folder, HALF_WRITTEN, read_checked, remove, whole_folder, write_checked)
 from .core.registry import additions_noted
 from .core.stopping import NOTHING_KEPT, stop_says, STOPPED
 from .data.problems import FRESH
@@ -65,8 +66,9 @@ from .threshold import PruneReport
 # %% ../nbs/single_steps.ipynb #64f83dbc
 log = logging.getLogger(__name__)
 
-def load_checked(job: Job) -> tuple[nn.Module, object]: # The model and its tokenizer
-    "Load the model of a job; a job that cannot be done with it raises `BadInput`."
+def load_checked(job: Job, shared: bool = False) -> tuple[nn.Module, object]: # The model and its tokenizer
+    "Load the model of a job; a job that cannot be done with it, or not by several processes, raises `BadInput`."
+    if not shared: check_started_once("This command")
     check_job(job)
     model, tokenizer = load_model(job.model.name, job.model.dtype, job.model.device)
     check_windows_fit(job, model)
@@ -103,8 +105,11 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
     "Measure what masking each head does, and save the table."
     if budget is not None: check_within_budget(job, budget, join)
     job = changed(job, device=device_of_process(job.model.device))
+    if job.model.dtype == "fastest" and (join or launched_processes()[1] > 1):
+        raise BadInput("--dtype fastest was given to several processes: expected one dtype for all, since each would "
+                       "find its own; name it.")
     if out.exists(): raise BadInput(f"{out} is there already: expected a new name; choose another or remove it.")
-    model, tokenizer = load_checked(job)
+    model, tokenizer = load_checked(job, shared=True)
     calibration, fingerprint = job_calibration(job, tokenizer), tokenizer_fingerprint(tokenizer)
     working, batch_tokens = store or out.with_name(out.name + ".unfinished"), job.model.batch_tokens
     asked = Request(batch_tokens=batch_tokens, store=working, tokenizer_fingerprint=fingerprint,
@@ -120,7 +125,8 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
         else:
             table = scored_table(model, calibration, replace(asked, share=share))
             if not share.rank: save_beside(save_losses, table, out)
-        if not (store or share.rank): shutil.rmtree(working)
+        if not (store or share.rank): # renamed first: a process that comes to help finds all of it or nothing
+            shutil.rmtree(working.rename(working.with_name(f".{working.name}.{os.getpid()}.part")))
     if share.rank: return ""
     if budget is not None:
         return (f"{out}: {int(table.measured.sum()):,} of {table.measured.numel():,} losses with a head masked, "
@@ -334,7 +340,8 @@ def prune_into(job: Job, pruning: SinglePruning, out: Path) -> PruneReport: # Wh
 
 def hessians_into(job: Job, out: Path) -> None:
     "Measure the Hessians of a dense model's inputs; the same call goes on after a kill."
-    if any(out.glob("*")) and not layer_file(out, 0).exists(): check_new_folder(out)
+    half_written = (HALF_WRITTEN.fullmatch(path.name) for path in out.glob("*")) # a kill in the first layer leaves one
+    if not all(half_written) and not layer_file(out, 0).exists(): check_new_folder(out)
     model, tokenizer = load_checked(job)
     save_hessians(model, job_calibration(job, tokenizer), out, job.model.batch_tokens)
 

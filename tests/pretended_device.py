@@ -255,6 +255,14 @@ def test_a_kind_of_work_gives_the_same_and_moves_little(kind, tmp_path):
     assert nothing == (0, 0) and to + back < (WORK[kind][0] + 0.5) * size, (to, back, size)
 
 
+def test_a_head_may_lie_with_the_embeddings():
+    """As accelerate puts one that is tied to them, while the last layer is elsewhere."""
+    wanted, model = score_heads(made := tiny_llama(num_hidden_layers=2), EXAMPLES), copy.deepcopy(made)
+    there, here = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "lm_head"), ("model.layers.1", "model.norm")
+    spread = dispatch_model(model, dict.fromkeys(there, DEVICE) | dict.fromkeys(here, PROCESSOR), main_device=PROCESSOR)
+    assert_same(score_heads(spread, EXAMPLES).masked, wanted.masked)
+
+
 BACKWARD = ("screening", "neurons", "prune: gradient", "recover")
 ELSEWHERE = ("experts", "bench")  # these make a model of their own, on one device
 

@@ -5,15 +5,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fixtures import made_up_calibration, refuses, tiny_llama
 
+from cap_nb.core import devices
 from cap_nb.core.errors import BadInput
 from cap_nb.methods import resumed_scoring
 from cap_nb.methods.resumed_scoring import Request, help_scoring, score_heads
 from cap_nb.methods.layer_walk import joined
+from cap_nb.models.decoding import HeldModel
 from tools.benchmarks.processes import free_port
 
 PROCESSES = multiprocessing.get_context("fork")  # what is imported already need not be imported again
@@ -171,6 +174,39 @@ def test_a_helper_has_the_owner_s_settings(tmp_path):
     (tmp_path/"go on").touch()
     owner.join(300)
     assert owner.exitcode == 0
+
+
+class Card:
+    """A device's memory, counted as CUDA counts it."""
+
+    now = peak = 0
+
+    def use_and_free(self, size):
+        self.peak = max(self.peak, self.now + size)
+
+    def reset_peak_memory_stats(self, device):
+        self.peak = self.now
+
+    def memory_allocated(self, device):
+        return self.now
+
+    def max_memory_allocated(self, device):
+        return self.peak
+
+
+def test_a_measurement_within_another_leaves_its_peak(monkeypatch):
+    card, device = Card(), torch.device("cpu")
+    monkeypatch.setattr(devices, "module_of", lambda device: card)
+    with devices.memory_taken(device) as outer:
+        card.use_and_free(100)
+        with devices.memory_taken(device) as inner:
+            card.use_and_free(10)
+    assert (outer, inner, devices.OPEN) == ([100], [10], [])
+
+
+@pytest.mark.parametrize("where", [dict(device=torch.device("cuda:1")), dict(device=torch.device("cuda:0"), hf_device_map={"model": 0, "lm_head": 1})])
+def test_vllm_is_not_given_a_model_elsewhere(where):
+    refuses("vllm takes the first device alone", lambda: HeldModel(SimpleNamespace(**where), "folder").writer)
 
 
 def test_every_kind_of_work_gives_the_same_on_a_pretended_device():

@@ -285,6 +285,8 @@ def test_what_does_not_fit_is_met_by_an_option():
         assert len(plan_advice(found)) == 1 and part in plan_advice(found)[0] and "--stream" in plan_advice(found)[0]
     spread = gpu(10, devices=2)
     assert (spread.each, spread.sharing) == (spread.weights // 2, 1) and gpu(80, devices=2).sharing == 2
+    evaluation = spread.stage("evaluating one model")  # keys and values lie with their layers
+    assert spread.needed(evaluation) == pytest.approx(spread.each + planning.at_once(evaluation.memory) - evaluation.memory["keys and values"] / 2, abs=1)
     assert any("copy of the weights in scope in main memory" in sentence for sentence in plan_advice(gpu(80, main=8)))
     assert any("--max-new-tokens 8062 makes them fit" in sentence for sentence in plan_advice(gpu(80, max_new_tokens=9000)))
     found = plan(changed(Job(), name="llama-3-8b", batch_tokens=20_000), prompt_tokens=9000, memory=200 * GIB)
@@ -408,7 +410,9 @@ def test_a_gpus_range_is_from_shares_of_its_data_sheet():
     assert worst == pytest.approx(scoring.flops / 989e12 / 0.2 + scoring.read / 3350e9 / 0.5 + scoring.launches * 25e-6)
     solver = found.stage("pruning by sparsegpt")
     assert 0 < solver.single < solver.flops and found.seconds(solver, 0)["compute"] == pytest.approx((solver.single / 67e12 + (solver.flops - solver.single) / 989e12) / 0.5)
-    assert solver.launches > 4 * found.load.sizes.columns > 32 * (6 * 4096 + 14336)
+    assert solver.launches > solver.own_launches >= 4 * found.load.sizes.columns > 32 * (6 * 4096 + 14336)
+    timed = replace(found, rates=replace(found.rates, timed=True))  # a layer that was timed launched its own
+    assert timed.seconds(scoring, 1)["launches"] == 0 < timed.seconds(solver, 1)["launches"] == solver.own_launches * 25e-6
 
 
 def test_own_chains_are_a_stage_of_their_own():

@@ -1,14 +1,17 @@
 """`cap repeat`: a run done again from its folder, and what it says when something differs."""
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from programs import called as cap, output_of
 from fixtures import refuses
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.data.lab_world import lab_text
-from cap_nb.jobs.job import prepare, run_job
+from cap_nb.jobs.job import check_origin, prepare, run_job
 from cap_nb.jobs.plugins import plugins_loaded
 from cap_nb.jobs.records import job_of, load_run, pack_run
 from cap_nb.jobs.report import command_of
@@ -74,3 +77,15 @@ def test_a_job_comes_back_from_its_configuration(settings):
     ready = prepare(changed(SMALL, **settings))
     again = prepare(job_of(ready.configuration))
     assert again.configuration == ready.configuration
+
+
+def test_a_table_that_was_measured_otherwise_is_named(caplog):
+    """A store's table is not measured again for another batch size or device, which moves its last digits."""
+    ready = SimpleNamespace(configuration={"model": {"fingerprint": "one"}}, calibration=SimpleNamespace(fingerprint="few"),
+                            job=changed(Job(), batch_tokens=1024), model=torch.nn.Linear(1, 1))
+    ready.model.device = torch.device("cpu")
+    meta = {"model": "one", "calibration": "few", "batch_tokens": 1024, "device": "cpu"}
+    check_origin(Path("losses"), meta, ready)
+    assert not caplog.text
+    check_origin(Path("losses"), meta | {"batch_tokens": 4096, "device": "cuda"}, ready)
+    assert "with {'batch_tokens': 4096, 'device': 'cuda'}; this run has {'batch_tokens': 1024, 'device': 'cpu'}" in caplog.text

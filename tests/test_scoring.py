@@ -18,7 +18,7 @@ import torch
 import typer
 import yaml
 from conftest import ROOT
-from fixtures import made_up, tiny_llama
+from fixtures import made_up, refuses, tiny_llama
 from notebooks_on_disk import cells
 from programs import Program, cap, finished
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
@@ -26,7 +26,9 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 from cap_nb.command_line import app
 from cap_nb.data.prompts import IGNORED
 from cap_nb.calibration import Calibration
-from cap_nb.methods.resumed_scoring import score_heads, shared_prefix
+from cap_nb.core.files import locked
+from cap_nb.methods.layer_walk import CLAIMS, losses_key
+from cap_nb.methods.resumed_scoring import OWNER, Request, help_scoring, make_plan, score_heads, shared_prefix
 from cap_nb.scoring import HeadLosses, causal_scores, score_heads_naive, score_interval, split_half_reliability
 from tools.benchmarks.processes import free_port
 
@@ -210,6 +212,19 @@ def test_the_job_files_of_the_page(tmp_path):
     assert helper.wait(timeout=60) == 0
     asked = [(tmp_path/f"asked-{task}").read_text().splitlines() for task in (0, 1)]
     assert asked[0] == [f"score {words}".replace("/shared", str(tmp_path))] and len(asked[1]) > 1 and set(asked[1]) == {f"{asked[0][0]} --join"}
+
+
+def test_a_helper_asks_a_files_lock_and_takes_as_many_heads(tmp_path):
+    """Over NFS a folder's lock is unknown on other machines, a file's is not; on another card as many heads might not fit."""
+    model, calibration = tiny_llama(), with_prefix(0)
+    units, asked = tmp_path / f"{losses_key(model, calibration, '')}-units", Request(batch_tokens=60, store=tmp_path)
+    begun = make_plan(model, calibration, replace(asked, heads_at_once=2), units)[0].store.folder
+    begun.mkdir(parents=True), (begun / CLAIMS).touch(), (units / OWNER).touch()
+    with locked(units):
+        refuses("No process is at work", help_scoring, model, calibration, asked)
+    with locked(units / OWNER):
+        assert help_scoring(model, calibration, asked) == len(list(begun.glob("batch-*"))) > 0
+    assert [path.name for path in units.iterdir() if path.is_dir()] == [begun.name]
 
 
 # the savings, on every family

@@ -28,7 +28,7 @@ BOTH = LAYERS.replace("finished layers", "measured budgets and finished layers")
     ("prune --method alps --out new", LAYERS), ("prune --method wanda^update --out new", LAYERS), ("prune --method wanda+kl^swaps --out new", BOTH)])
 def test_a_stop_says_what_it_leaves(words, sentence, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(steps, "load_checked", lambda job: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(steps, "load_checked", lambda job, **options: os.kill(os.getpid(), signal.SIGTERM))
     stopped = called(*words.split())
     assert (stopped.exit_code, stopped.stderr) == (143, f"cap: {sentence}\n"), stopped.output
     assert not list(tmp_path.iterdir())

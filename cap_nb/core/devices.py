@@ -82,11 +82,15 @@ def trim() -> None:
     "Give back to the system what was freed and the C library still holds; else a block that reuses it takes nothing."
     if freed := getattr(ctypes.CDLL(None), "malloc_trim", None): freed(0)
 
+OPEN: list[tuple[torch.device, list[int]]] = [] # Blocks that are measured: their device, peaks before a reset within
+
 @contextmanager
 def memory_taken(device: torch.device) -> Iterator[list[int | None]]:
     "One entry, filled at the end: the bytes that the block took at most beyond what was in use before it, or None."
-    module, taken, before = module_of(device), [None], None
+    module, taken, before, peaks = module_of(device), [None], None, []
     if module:
+        for other, seen in OPEN:
+            if other == device: seen.append(module.max_memory_allocated(device))
         module.reset_peak_memory_stats(device)
         before = module.memory_allocated(device)
     elif RESET.exists():
@@ -94,7 +98,9 @@ def memory_taken(device: torch.device) -> Iterator[list[int | None]]:
         with suppress(OSError): # a hardened system lets nobody write there, and no memory is noted
             RESET.write_text("5")
             before = resident("VmRSS")
-    yield taken
+    OPEN.append((device, peaks))
+    try: yield taken
+    finally: OPEN.pop()
     if before is None: return
-    peak = module.max_memory_allocated(device) if module else resident("VmHWM")
-    taken[0] = max(0, peak - before)
+    peaks.append(module.max_memory_allocated(device) if module else resident("VmHWM"))
+    taken[0] = max(0, max(peaks) - before)

@@ -167,14 +167,18 @@ def check_disk_room(out: Path, needed: int, what: str = "") -> None:
 
 # %% ../../nbs/core/01_files.ipynb #c029
 @contextmanager
-def alone_in(folder: str | Path, links: bool = False) -> Iterator[None]:
+def alone_in(folder: str | Path, links: bool = False, owner: str = "") -> Iterator[None]:
     "Keep other processes out of a folder, made if need be, while the block runs; one that tries raises `BadInput`."
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder} is not a folder: expected one, or a new name; give another.")
     with disk_full_reported(folder, "nothing is lost"): folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
-        try: held.enter_context(locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB))
+        try:
+            held.enter_context(locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB))
+            if owner: # a file in it, whose lock other machines see as well
+                (folder/owner).touch()
+                held.enter_context(locked(folder/owner, fcntl.LOCK_EX | fcntl.LOCK_NB))
         except BlockingIOError:
             raise BadInput(f"Another process is at work in {folder}: expected to be alone there; wait for it, "
                            "or name another folder.") from None

@@ -406,7 +406,11 @@ def time_and_memory_noted(folder: Path, stage: str, device: torch.device) -> Ite
 # %% ../../nbs/jobs/03_job.ipynb #c046
 def check_origin(path: Path, meta: dict, ready: Ready) -> None:
     differ = fingerprint_differences(meta.get("model"), ready.configuration["model"]["fingerprint"])
-    if not differ and meta.get("calibration") == ready.calibration.fingerprint: return
+    if not differ and meta.get("calibration") == ready.calibration.fingerprint:
+        here = {"batch_tokens": ready.job.model.batch_tokens, "device": ready.model.device.type}
+        there = {name: meta.get(name, here[name]) for name in here}
+        if there != here: log.warning("%s is read as it was measured, with %s; this run has %s", path, there, here)
+        return
     other = f"a model with other {' and '.join(differ)}" if differ else "other examples"
     raise BadInput(f"{path} was measured on {other}: expected this run's; remove it and run again.")
 
@@ -656,7 +660,7 @@ def run_job(
     ready = prepare(as_begun(job, folder))
     with alone_in(folder):
         opened = open_run(folder, ready.configuration)
-        note_environment(folder, environment(ready.configuration["model"]["device"], note))
+        note_environment(folder, environment(ready.model.device, note))
         finished = follow(opened) if follow else None
         factors = factors_by_method(ready, folder, store and Path(store))
         def pruner(method: str, sparsity: float) -> PruneReport:

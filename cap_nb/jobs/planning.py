@@ -218,10 +218,10 @@ def hook_loop_work(sizes: Sizes, batches: Sequence[BatchShape]) -> np.ndarray:
     return with_head(once, once[TOKENS]) * (1 + sizes.layers * sizes.heads)
 
 def scoring_work(sizes: Sizes, batches: Sequence[BatchShape], share: float | None = None) -> np.ndarray:
-    "An intact pass and the resumed ones, or a share of these, chosen by slopes that cost three passes."
+    "An intact pass and the resumed ones, or a share of these, chosen by slopes that cost three passes more."
     once = one_pass(batches)
     masked = with_head(once * sizes.heads * (sizes.layers + 1) / 2, sizes.layers * sizes.heads * once[HEAD])
-    return once + masked if share is None else share * masked + 3 * once
+    return once + (masked if share is None else share * masked + 3 * once)
 
 def wanda_work(batches: Sequence[BatchShape]) -> np.ndarray:
     "A pass that measures and one that goes on, without the output head."
@@ -287,6 +287,8 @@ def spectra_flops(sizes: Sizes) -> float:
 
 # %% ../../nbs/jobs/04_planning.ipynb #c034
 TAKING_TURNS = ("one layer at work", "logits", "scores of one matrix", "one matrix solved") # Never two at a time
+BY_LAYER = ("keys and values", "gradients", "activations of a batch", "masks and dense weights",
+            "sums and weights along a path") # Lie with their layers, where these are spread over devices
 
 def at_once(memory: dict[str, float]) -> int:
     "The most bytes that a stage needs at one time, beside the weights."
@@ -491,6 +493,7 @@ class Stage:
     single: float = 0 # Those of them in float32, whatever the model's dtype
     read: float = 0 # Bytes of weights, keys and values that are read
     launches: float = 0 # Operations of PyTorch that are launched
+    own_launches: float = 0 # Those among them that are no pass's, so a timed layer has none of them
     tokens: float = 0 # Tokens through all layers
     loaded: float = 0 # Bytes read from the disk
 
@@ -507,7 +510,8 @@ def stage_of(load: Workload, name: str, memory: dict[str, float], work: np.ndarr
     met = min(sizes.scope, sizes.met * max(1, tokens / passes)) if passes else 0
     read += passes * (met + sizes.vocabulary * sizes.hidden_size * bool(head))
     return Stage(name=name, memory=memory, flops=single + flops_of(work, sizes), single=single,
-                 read=read * load.width, launches=launches + passes * sizes.layers * LAUNCHES, tokens=tokens)
+                 read=read * load.width, launches=launches + passes * sizes.layers * LAUNCHES,
+                 own_launches=launches, tokens=tokens)
 
 # %% ../../nbs/jobs/04_planning.ipynb #c046
 READS, READS_IN_ROWS = 20, 40 # What pruning under a threshold, and in rows, takes: so many readings of the weights
@@ -645,7 +649,8 @@ class Plan:
 
     def needed(self, stage: Stage) -> int:
         "Bytes on a device at the stage's fullest, with the weights."
-        return self.each + at_once(stage.memory)
+        return self.each + at_once({part: size / (self.group if part in BY_LAYER else 1)
+                                    for part, size in stage.memory.items()})
 
     def seconds(self, stage: Stage, end: int) -> dict[str, float]:
         "What bounds a stage -> the seconds that this takes, at best (0) or at worst (1)."
@@ -655,7 +660,7 @@ class Plan:
         moved = stage.tokens * sizes.hidden_size * self.load.width * (self.group - 1) # hidden states, device to device
         times = {"compute": operations / 1e12 / share["compute"],
                  "memory": stage.read / (r.bandwidth * 1e9) / share["memory"],
-                 "launches": 0.0 if r.timed else stage.launches * LAUNCH[end],
+                 "launches": 0.0 if self.on_cpu else LAUNCH[end] * (stage.own_launches if r.timed else stage.launches),
                  "link": moved / (r.link * 1e9), "disk": stage.loaded / (r.disk * 1e9)}
         if stage.name != SCORING or self.load.job.prune.budget is not None: return times
         alone = 1 / (1 + sizes.heads * (sizes.layers + 1) / 2) # the intact pass, which every copy makes itself
@@ -881,7 +886,9 @@ def time_lines(p: Plan) -> list[str]:
                   f"bandwidth are reached, and an operation is launched in {LAUNCH[0] * 1e6:g} microseconds; at the "
                   f"most it is {' and '.join(shares[1])} and {LAUNCH[1] * 1e6:g}, one after another.")
     if p.group > 1: source += f" Each copy of the weights is spread over {p.group} devices, which work in turn."
-    if p.sharing > 1: source += f" Scoring is shared by {p.sharing} copies of the model."
+    if p.sharing > 1 and scores_heads(load.job) and load.job.prune.budget is None:
+        source += (f" Scoring is shared by {p.sharing} copies of the model, in as many processes of 'cap score --store', "
+                   "before 'cap run --store'.")
     return [line, source]
 
 def memory_lines(p: Plan) -> list[str]:

@@ -217,6 +217,7 @@ def check_ready(config: Config, jobs: Mapping[str, Job], folder: Path) -> None:
     for wanted in dict.fromkeys(models.values()):
         name, *others = [name for name, model in models.items() if model == wanted]
         try:
+            loaded = None # the last model goes before the next one comes
             loaded = load_model(*wanted)
             for name in (name, *others):
                 asked = {"format": FORMAT} | prepare_loaded(jobs[name], *loaded).configuration

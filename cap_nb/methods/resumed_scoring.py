@@ -23,9 +23,10 @@ from cap_nb.scoring import head_losses, HeadLosses, mean_by_example, token_count
 
 def token_losses(model: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, rows: int = 1024) -> torch.Tensor:
     "Loss of each target token, [n], from the last layer's output [n, hidden]; `rows` at a time bound the memory."
-    parts = zip(hidden.split(rows), targets.to(hidden.device).split(rows))
-    return torch.cat([F.cross_entropy(head_logits(model, final_norm(model)(part)).float(), gold, reduction="none")
-                      for part, gold in parts])
+    def losses(part: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
+        logits = head_logits(model, final_norm(model)(part)).float() # a tied head may lie with the embeddings
+        return F.cross_entropy(logits, gold.to(logits.device), reduction="none").to(hidden.device)
+    return torch.cat([losses(*part) for part in zip(hidden.split(rows), targets.split(rows))])
 
 def losses_from_hidden(model: nn.Module, hidden: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     "Loss of each example, float64 [B], from the last layer's output [B, T, hidden], with the head at targets only."
@@ -390,6 +391,8 @@ def load_losses(
 from cap_nb.core.files import alone_in, busy, disk_full_reported, is_intact
 from cap_nb.models.loading import model_fingerprint
 
+OWNER = "owner" # File beside the units' folders, locked by the process that makes the table
+
 def computed_table(model: nn.Module, calibration: Calibration, request: Request, units: Path | None,
                    fingerprint: str) -> HeadLosses: # NaN for heads that were not wanted
     "Compute units until none is missing, read the others' from the store, and put the table together."
@@ -428,7 +431,7 @@ def scored_table(model: nn.Module, calibration: Calibration, request: Request) -
     if finished and is_intact(finished, load_losses):
         return replace(load_losses(finished), k=calibration.k, seed=calibration.seed, stratum=calibration.stratum,
                        tokens=token_counts(calibration)) # which tables of before lack
-    with alone_in(units) if units and request.share.rank == 0 else nullcontext():
+    with alone_in(units, owner=OWNER) if units and request.share.rank == 0 else nullcontext():
         losses = computed_table(model, calibration, request, units, fingerprint)
         if finished and request.share.rank == 0: save_losses(losses, finished)
         request.share.wait() # nobody leaves, and clears up, before everybody has read
@@ -468,9 +471,12 @@ def help_scoring(model: nn.Module, calibration: Calibration, request: Request) -
     "Compute units that are left of a table on which another process is at work; `BadInput` if none is."
     key = losses_key(model, calibration, request.tokenizer_fingerprint, target=request.target)
     units = Path(request.store)/f"{key}-units"
-    if not units.is_dir() or not busy(units):
+    if not (units/OWNER).is_file() or not busy(units/OWNER):
         raise BadInput(f"No process is at work in {units}: expected one to help, with the same model, examples and "
                        "dtype; start that one first, or do not join.")
+    begun = sorted(units.glob(f"{request.batch_tokens}-*/{CLAIMS}"), key=lambda path: path.stat().st_mtime)
+    if begun and request.heads_at_once is None: # as many as there, whatever fits here
+        request = replace(request, heads_at_once=int(begun[-1].parent.name.rpartition("-")[2]))
     plan, states = make_plan(model, calibration, request, units)
     if not (plan.store.folder/CLAIMS).exists():
         raise BadInput(f"The process at work in {units} has not begun, or has other settings: expected the same "

@@ -274,6 +274,9 @@ class HeldModel:
     @cached_property
     def writer(self) -> object:
         "vLLM with the model's weights, loaded when it is first needed; it takes half of the memory that is free."
+        if self.model.device.index or len({*getattr(self.model, "hf_device_map", {}).values()}) > 1:
+            raise BadInput("--backend vllm takes the first device alone: expected the model there; set "
+                           "CUDA_VISIBLE_DEVICES, or take the backend transformers.")
         vllm, dtype = imported_vllm(), str(next(self.model.parameters()).dtype).removeprefix("torch.")
         self.model.save_pretrained(self.folder)
         free, whole = memory_of(self.model.device)
