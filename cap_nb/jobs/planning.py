@@ -887,8 +887,8 @@ def time_lines(p: Plan) -> list[str]:
                   f"most it is {' and '.join(shares[1])} and {LAUNCH[1] * 1e6:g}, one after another.")
     if p.group > 1: source += f" Each copy of the weights is spread over {p.group} devices, which work in turn."
     if p.sharing > 1 and scores_heads(load.job) and load.job.prune.budget is None:
-        source += (f" Scoring is shared by {p.sharing} copies of the model, in as many processes of 'cap score --store', "
-                   "before 'cap run --store'.")
+        source += (f" Scoring is shared by {p.sharing} copies of the model, in as many processes of "
+                   "'cap score --store', before 'cap run --store'.")
     return [line, source]
 
 def memory_lines(p: Plan) -> list[str]:
