@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from unittest.mock import Mock
 
 import huggingface_hub
@@ -67,6 +68,9 @@ def test_every_way_of_pruning_leaves_the_key(place, tmp_path):
         assert record["base"]["name"] == ("dense" if "--stream" in options else "lab")
         assert not (tmp_path / f"{number}" / "prune_report.json").exists()
     scores = json.loads(json.dumps(sharing.scores_record(losses, "paper") | {"key_value": "mean"}))
+    about = {"budget": 0.5, "seed": 3}
+    in_part = sharing.scores_record(replace(losses, meta=losses.meta | {"screened": about}), "mean")
+    assert in_part["screened"] == about and "budget" not in in_part
     assert found["cap"]["scores"] == found["cap@row"]["scores"] == scores and scores["examples"]["lab-arc"] == 128
     assert found["wanda"]["calibration"]["examples"] == {"lab-arc": 2} and found["wanda"]["calibration"]["seed"] == 0
     assert found["wanda"]["calibration"]["fingerprint"] == found["sparsegpt"]["calibration"]["fingerprint"] != scores["fingerprint"]

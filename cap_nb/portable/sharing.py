@@ -55,7 +55,7 @@ def calibration_record(calibration: Calibration) -> dict: # What JSON can hold
 def scores_record(losses: HeadLosses, aggregation: str) -> dict: # What JSON can hold
     "What config.json says of the table of losses."
     on = examples_record(losses.task, losses.k, losses.seed, losses.meta.get("calibration"))
-    within = {"budget": screened["budget"]} if (screened := losses.meta.get("screened")) else {} # measured in part
+    within = {"screened": screened} if (screened := losses.meta.get("screened")) else {} # measured in part
     return on | {"target": losses.target, "aggregation": aggregation} | within
 
 # %% ../../nbs/portable/04_sharing.ipynb #c011
