@@ -55,7 +55,7 @@ from cap_nb.methods.streaming import (
 from .models.checks import warn_of_zeros, zeros_of
 from .models.loading import (
     check_all_here, fingerprint_differences, load_model, model_fingerprint, save_model, tokenizer_fingerprint)
-from .portable.fine_tuning import recover_into, Recovery
+from .portable.fine_tuning import check_new_training, recover_into, Recovery
 from .portable.sharing import (
     base_record, calibration_record, KEY, made_and_noted, note_on_model, pruning_record, scores_record, write_card)
 from .portable.shrink import check_shrinking, shrink_to, Shrunk, shrunk_record
@@ -139,7 +139,7 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
 # %% ../nbs/single_steps.ipynb #a601eac4
 def check_tries(tries: int, rule: ChainRule) -> None:
     low, high = rule.solved
-    if tries == 1 and 0 < low and high < 1:
+    if tries == 1 and rule.solved != ChainRule.solved:
         raise BadInput(f"--chain-rule wants problems with a share from {low:g} to {high:g} of right answers, and each "
                        "is answered once: expected several answers; give --tries 4 to 'cap chains'.")
 
@@ -194,7 +194,6 @@ def record_of(job: Job, pruning: SinglePruning, report: PruneReport, base: dict,
         how = reading_of(check_method(pruning.method).attribution).aggregation(job.prune.aggregation)
         losses, _ = read_scores(pruning.scores, how)
         scores = scores_record(losses, how) | {"key_value": pruning.key_value}
-        if "screened" in losses.meta: scores |= {"screened": losses.meta["screened"]}
     plugins = {"plugins": additions_noted()} if additions_noted() else {}
     return pruning_record(report, base, pruning.ties, calibration, scores) | plugins
 
@@ -330,12 +329,12 @@ def check_pruning(job: Job, pruning: SinglePruning) -> None:
         raise BadInput(f"--ties all was given with method {method!r}{' and --hessians' if pruning.hessians else ''}: "
                        "expected one threshold over a matrix or more, since all else is exact; leave --ties out.")
 
-def prune_into(job: Job, pruning: SinglePruning, out: Path) -> PruneReport: # What was done
+def prune_into(job: Job, pruning: SinglePruning, out: Path, says: str | None = None) -> PruneReport: # What was done
     "Prune a model and save it with a record of how; what needs no model is refused before one is loaded."
     check_started_once("cap prune")
     check_job(changed(job, methods=(pruning.method,), sparsities=(pruning.sparsity,)))
     check_pruning(job, pruning)
-    with stop_says(sentence_of_stop(pruning)), working_folder(out) as working:
+    with stop_says(says or sentence_of_stop(pruning)), working_folder(out) as working:
         return prune_on_disk(job, pruning, out) if pruning.stream else prune_in_memory(job, pruning, out, working)
 
 def hessians_into(job: Job, out: Path) -> None:
@@ -386,13 +385,15 @@ def train_into(job: Job, tuning: FineTuning, out: Path, teacher: str | None = No
     "Train a pruned model further while every zero stays zero, and save it; the same call goes on after a kill."
     tuning = replace(tuning, batch_tokens=job.model.batch_tokens, seed=job.calibrate.seed)
     check_tuning(tuning)
-    check_new_folder(out)
+    check_new_training(out)
     model, tokenizer = load_checked(job)
     dense, other = load_model(teacher, job.model.dtype, job.model.device) if teacher is not None else (None, tokenizer)
     if tokenizer_fingerprint(other)[:64] != tokenizer_fingerprint(tokenizer)[:64]:
         raise BadInput(f"The teacher {teacher} has another tokenizer than {job.model.name}: expected the same tokens; "
                        "name the model that was pruned.")
-    return recover_into(out, model, tokenizer, job_calibration(job, tokenizer), tuning, dense)
+    calibration = job_calibration(job, tokenizer)
+    about = calibration_record(calibration) | targets_configuration(filled_in(job, tokenizer), calibration)
+    return recover_into(out, model, tokenizer, calibration, tuning, dense, about)
 
 # %% ../nbs/single_steps.ipynb #8a32c4a1
 def recipe_asked(job: Job, pruning: SinglePruning, tuning: FineTuning | None, out: Path) -> list: # What JSON can hold
@@ -460,7 +461,7 @@ def recipe_into(job: Job, pruning: SinglePruning, tuning: FineTuning | None,
             asking = changed(job, calibrate_on="gold", chain_rule="right")
             lines = answer_into(asking, chains, tries=1, rule=read_rule(rule))[:-1]
             job = changed(job, calibrate_on=str(chains))
-        if not made.exists(): prune_into(job, pruning, made)
+        if not made.exists(): prune_into(job, pruning, made, STOPPED)
         write_card(made, force=True)
         if tuning:
             made = out/"trained"
@@ -473,14 +474,27 @@ def recipe_into(job: Job, pruning: SinglePruning, tuning: FineTuning | None,
     return lines, [before, after]
 
 # %% ../nbs/single_steps.ipynb #c880d070
+def sets_seen(record: dict | None) -> Iterator[dict]:
+    "The sets that a model was calibrated or trained on, by its record and those before it."
+    while record:
+        if "calibration" in record: yield record["calibration"]
+        tuning = record.get("fine-tuning")
+        while tuning:
+            if "trained on" in tuning: yield tuning["trained on"]
+            tuning = tuning.get("before")
+        record = record.get("before")
+
 def warn_of_seen(job: Job, pruned: dict) -> None:
-    "Warn that problems to be measured on may have been calibrated on, by what the model says of its pruning."
-    seen = pruned.get("calibration") or {}
-    fresh = FRESH in (job.evaluate.accuracy_tasks or ()) and FRESH not in seen.get("spare", ())
-    if seen.get("examples") and (job.evaluate.evaluate_on == "validation" or fresh and "gsm8k" in seen["examples"]):
-        log.warning("%s was calibrated on problems of %s, which may be among those it is measured on; prune with "
-                    "--spare %s, or leave --evaluate-on validation out.", job.model.name, ", ".join(seen["examples"]),
-                    FRESH)
+    "Warn that problems to be measured on may have been calibrated or trained on, by what the model says of itself."
+    fresh, found = FRESH in (job.evaluate.accuracy_tasks or ()), []
+    for seen in sets_seen(pruned):
+        tasks = seen.get("examples", ())
+        at_risk = fresh and FRESH not in seen.get("spare", ()) and "gsm8k" in tasks
+        if job.evaluate.evaluate_on == "validation" or at_risk: found += tasks
+    if found:
+        log.warning("%s was calibrated or trained on problems of %s, which may be among those it is measured on; prune "
+                    "and train with --spare %s, or leave --evaluate-on validation out.", job.model.name,
+                    ", ".join(dict.fromkeys(found)), FRESH)
 
 def evaluate_alone(job: Job, scores: Path | None = None, out: Path | None = None) -> Evaluation: # The records
     "Measure a model as it is: accuracy, held-out loss, perplexity."

@@ -96,7 +96,7 @@ def test_any_text_comes_back(tmp_path):
     letters = [chr(c) for c in (0, 9, 10, 13, 34, 39, 92, 0x85, 0x2028, 0xe9, 0x1f600)] + list("ab ")
     rng = random.Random(0)
     chains = tuple(record("arc", f"{i}", 0, None, text="".join(rng.choices(letters, k=30))) for i in range(30))
-    write_chains(tmp_path / "c.jsonl", Chains({"seed": 0}, chains))
+    write_chains(tmp_path / "c.jsonl", Chains({"model": "m", "tokenizer": "t", "style": {"called": "s"}}, chains))
     assert read_chains(tmp_path / "c.jsonl").chains == chains
 
 

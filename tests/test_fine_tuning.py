@@ -12,6 +12,7 @@ from programs import called as cap, output_of
 from cap_nb.core.files import read_json, sealed
 from cap_nb.methods.prune import prune
 from cap_nb.models.anatomy import projections
+from cap_nb.models.lab import STATE
 from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.portable.fine_tuning import REPORT, FineTuning, HeldZeros, mask_adapters, recover
 
@@ -46,8 +47,9 @@ def test_every_family_keeps_its_zeros_and_what_it_was(kind, dtype, rank):
     frozen = next(model.parameters()).requires_grad_(False)
     before, weights = zeros_of(model), {name: p.detach().clone() for name, p in model.named_parameters()}
     flags, buffers = [p.requires_grad for p in model.parameters()], {name: b.clone() for name, b in model.named_buffers()}
-    report = recover(model, made_up_calibration(), replace(FEW, rank=rank))
-    assert_held(model, before)
+    report = recover(model.train(), made_up_calibration(), replace(FEW, rank=rank))  # as a loop would have it, GPT-2 with dropout
+    assert all(module.training for module in model.modules())
+    assert_held(model.eval(), before)
     after = dict(model.named_parameters())
     assert list(after) == list(weights) and all(after[name].dtype == dtype for name in after)
     assert [p.requires_grad for p in after.values()] == flags and all(p.grad is None for p in after.values())
@@ -153,11 +155,14 @@ def test_the_command(tmp_path):
         assert read_json(tmp_path / name / REPORT)["after"] == model_fingerprint(model)
         before, after = (read_json(tmp_path / folder / "config.json")["cap_nb"] for folder in ("pruned", name))
         tuning = after.pop("fine-tuning")
+        assert tuning["trained on"]["examples"] == {"lab-strategyqa": 2} and tuning["trained on"]["fingerprint"] == tuning["calibration"]
         assert tuning["steps"] == 2 and sealed(after) == before and ("teacher" in tuning) == (name == "taught")
     there = sorted(path.name for path in tmp_path.iterdir())
     assert there == ["full", "pruned", "rank", "taught"]
+    (tmp_path / "full.unfinished").mkdir()
+    (tmp_path / "full.unfinished" / STATE).touch()  # of a training that was killed when its folder had its name
     for more, part in ((("--out", tmp_path / "full"), "exists already"),
                        (("--teacher", tmp_path / "pruned", "--out", tmp_path / "x"), "The teacher is the model itself")):
         done = cap(*words, *more)
         assert done.exit_code == 2 and part in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.output
-    assert sorted(path.name for path in tmp_path.iterdir()) == there
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*there, "full.unfinished"]) and not list((tmp_path / "full.unfinished").iterdir())

@@ -191,7 +191,7 @@ READERS = {
     "jsonl records": Reader(records_of_file, "x.jsonl", lambda: [[{"question": "q", "answer": "a #### 1"}], [ARC]], lines),
     "parquet records": Reader(records_of_table, "x.parquet", lambda: [[{"question": "q", "answer": "a", "choices": {"label": ["A"], "text": ["a"]}}]], parquet_bytes),
     "packed records": Reader(packed_records, "x.parquet", lambda: [[{"record": "file", "place": "p", "content": "x"}]], parquet_bytes),
-    "chains": Reader(read_chains, "x.jsonl", lambda: [[{"about": {"model": {}}, "sha256": "0"}, CHAIN]], chains),
+    "chains": Reader(read_chains, "x.jsonl", lambda: [[{"about": {"model": {}, "tokenizer": "t", "style": {"called": "s"}}, "sha256": "0"}, CHAIN]], chains),
     "packed shard": Reader(open_shard, "x.packed.safetensors", lambda: [PACKED, PACKED | {"about": PACKED["about"] | {"kind": "delta"}, "tensors": {"mask/a": ["U8", [1]]}}], packed),
     "manifest": Reader(manifest_of, "packed.json", lambda: [{"format": "cap_nb packed folder", "version": 1, "kind": "bitmask", "base": None, "files": [FILES]}], plain),
     "configuration": Reader(lambda path: config_of(path.parent), "config.json",

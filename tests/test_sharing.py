@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from unittest.mock import Mock
 
 import huggingface_hub
@@ -67,12 +68,21 @@ def test_every_way_of_pruning_leaves_the_key(place, tmp_path):
         assert record["base"]["name"] == ("dense" if "--stream" in options else "lab")
         assert not (tmp_path / f"{number}" / "prune_report.json").exists()
     scores = json.loads(json.dumps(sharing.scores_record(losses, "paper") | {"key_value": "mean"}))
+    about = {"budget": 0.5, "seed": 3}
+    in_part = sharing.scores_record(replace(losses, meta=losses.meta | {"screened": about}), "mean")
+    assert in_part["screened"] == about and "budget" not in in_part
     assert found["cap"]["scores"] == found["cap@row"]["scores"] == scores and scores["examples"]["lab-arc"] == 128
     assert found["wanda"]["calibration"]["examples"] == {"lab-arc": 2} and found["wanda"]["calibration"]["seed"] == 0
     assert found["wanda"]["calibration"]["fingerprint"] == found["sparsegpt"]["calibration"]["fingerprint"] != scores["fingerprint"]
     assert found["wanda@2:4"]["calibration"] == {"examples": 3} and found["sparsegpt"]["calibration"]["sequences"] == 2
     assert [found[method].get("scope") for method in ways] == ["row", "model", "model", "row", "2:4", None]
     assert [("calibration" in found[method], "scores" in found[method]) for method in ("magnitude", "cap")] == [(False, False), (False, True)]
+
+
+def test_a_card_says_that_the_run_did_not_measure_the_training(place):
+    record, run = read_record(place / "half"), load_run(ROOT / "figures" / "lab")
+    for more, said in (({}, False), ({"fine-tuning": {"steps": 1}}, True)):
+        assert ("This folder was trained afterwards, the run's model was not." in sharing.measured_section(record | more, "", run, "run")) == said
 
 
 def test_packing_keeps_the_key_and_the_card(place, tmp_path):

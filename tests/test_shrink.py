@@ -8,12 +8,13 @@ import torch
 import transformers
 from fixtures import refuses, tiny_llama
 from proofs import TINY_MODELS, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from cap_nb.methods.neurons import masked_neurons
+from cap_nb.jobs.settings import Shrinking
 from cap_nb.models.anatomy import anatomy, key_value_head_of
 from cap_nb.models.families import FAMILIES
-from cap_nb.portable.shrink import group_scores, highest, shrink, widths_of
+from cap_nb.portable.shrink import check_shrinking, group_scores, highest, shrink, widths_of
 from cap_nb.scoring import masked_head
 from conftest import ROOT
 
@@ -76,6 +77,8 @@ def test_key_value_heads_go(name, tmp_path):
         pytest.skip("there is one key-value head, and it stays")
     if kind_of(name) in HEADS_STAY or kind_of(name) == "cohere" and model.config.use_qk_norm:
         refuses("key-value heads", shrink, model, *drawn_scores(model), neurons, 1)
+        if kind_of(name) not in NEURONS_STAY: # told before anything is scored, too
+            refuses("key-value heads", check_shrinking, model, Shrinking(sparsity=0.5, groups=1))
     else:
         assert_masking(model, neurons, 1, tmp_path / "small")
 
@@ -100,3 +103,9 @@ def test_a_number_of_heads_that_a_configuration_does_not_take_is_a_sentence():
         refuses("cannot have 5 of 6 key-value heads", shrink, model, *drawn_scores(model), 20, 5)
     else:
         assert widths_of(shrink(model, *drawn_scores(model), 20, 5)) == (20, 5)
+
+
+def test_a_number_of_heads_that_a_class_does_not_take_is_a_sentence():
+    """GPT-2 asks only when the model is made."""
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=20, n_head=4, vocab_size=9)).eval()
+    refuses(r"A plain gpt2 cannot have these widths \(.*\): expected a number", check_shrinking, model, Shrinking(sparsity=0.3, groups=3))

@@ -1,12 +1,11 @@
 """Dense and pruned side by side, where nothing is said of time: products agree in every shape, and what is measured is what was asked for."""
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from fixtures import refuses
+from fixtures import refuses, tiny_llama
 from cap_nb.core.files import read_checked
 from cap_nb.models.checks import zeros_of
 from cap_nb.models.loading import load_model, save_model
@@ -79,8 +78,11 @@ def test_both_sides_have_one_dtype(stored, asked, tmp_path):
 
 
 def test_a_shrunk_model_that_is_pruned_afterwards_may_be_smaller():
-    one, other = (torch.nn.Linear(2, width) for width in (2, 3))
-    one.config = SimpleNamespace(cap_nb={"method": "magnitude", "before": {"removed": 2}})
-    check_same_sizes(one, other)
-    one.config = SimpleNamespace(cap_nb={"method": "magnitude", "before": {"method": "wanda"}})
-    refuses("differ in weight", check_same_sizes, one, other)
+    """Than the model that it was cut from, and than no other."""
+    small, whole, other = tiny_llama(intermediate_size=20), tiny_llama(intermediate_size=24), tiny_llama(intermediate_size=24, vocab_size=90)
+    small.config.cap_nb = {"method": "magnitude", "before": {"removed": 2}}
+    check_same_sizes(small, whole)
+    refuses("differ in model.embed_tokens.weight", check_same_sizes, small, other)
+    refuses("differ in", check_same_sizes, small, tiny_llama(intermediate_size=24, num_hidden_layers=1))
+    small.config.cap_nb = {"method": "magnitude", "before": {"method": "wanda"}}
+    refuses("differ in model.layers.0.mlp.gate_proj.weight", check_same_sizes, small, whole)

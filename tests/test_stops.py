@@ -41,6 +41,13 @@ def test_an_export_says_what_its_format_keeps(form, sentence, monkeypatch, tmp_p
     assert called("export", tmp_path, "--out", tmp_path / "new", "--format", form).stderr == f"cap: {sentence}\n"
 
 
+def test_a_recipe_keeps_what_came_before_the_pruning(monkeypatch, tmp_path):
+    for name, done in (("check_job", lambda *_: None), ("recipe_begun", lambda job, *_: job), ("benched", lambda *_: None), ("answer_into", lambda *_, **__: [""])):
+        monkeypatch.setattr(steps, name, done)
+    monkeypatch.setattr(steps, "prune_in_memory", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert called("prune", "--recipe", "hour", "--device", "cpu", "--tasks", "lab-arc", "--out", tmp_path / "new").stderr.endswith(f"cap: {STOPPED}\n")
+
+
 def test_on_disk_nothing_is_kept():
     assert steps.sentence_of_stop(SinglePruning(method="alps", stream=True)) == NOTHING_KEPT
 

@@ -108,7 +108,7 @@ COMMANDS = {
         f"{RUN} --model PLACE/short --tasks lab-arc", f"{RUN} --model PLACE/short --tasks lab-arc --methods wanda",
         f"{EVAL} --model PLACE/short --accuracy-tasks lab-arc --evaluate-n 2 --loss-n 0 --windows 0", f"{EVAL} --model PLACE/short --accuracy-tasks none --tasks lab-arc --loss-n 2 --windows 0",
         *(f"{PRUNE} {FEW_EXAMPLES} --model PLACE/short --tasks lab-arc --method {method}" for method in ("wanda", "gradient", "relevance", "sparsegpt", "wanda+kl")),
-        f"recover {FEW_EXAMPLES} --model PLACE/short_pruned --tasks lab-arc --out PLACE/new", f"shrink {FEW_EXAMPLES} --model PLACE/short --tasks lab-arc --out PLACE/new --groups 1",
+        f"recover {FEW_EXAMPLES} --model PLACE/short_pruned --tasks lab-arc --out PLACE/new", f"shrink {FEW_EXAMPLES} --model PLACE/short --tasks lab-arc --out PLACE/new",
         "bench PLACE/model --prompt 100000 --backends torch"],
     "scores": [f"{PRUNE} --method cap --scores PLACE/{name}" for name in (
         "nothing", "folder", "file.txt", "plain.safetensors", "list_meta.safetensors", "short_intact.safetensors", "short_stratum.safetensors",

@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import math
 import random
-import shutil
 from collections import Counter, namedtuple
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
@@ -23,7 +22,7 @@ import cap_nb
 from ..calibration import (
     Calibration, calibration_pool, calibration_set, chosen_tasks, default_style, drawn)
 from ..core.errors import BadInput, check_at_least, check_fields, check_seed, validate_arguments
-from ..core.files import alone_in, is_intact, sha256_of_text, taken_as, text_lines, write_text
+from ..core.files import alone_in, is_intact, remove, sha256_of_text, taken_as, text_lines, write_text
 from ..data.problems import halves, load_text, task_family
 from ..data.prompts import (
     Example, IGNORED, make_example, prompt_style, PromptStyle, random_order, strict_pattern, Tokens)
@@ -111,6 +110,8 @@ def read_chains(path: str | Path) -> Chains: # What it holds
     with taken_as(path, "a file of chains"):
         header, *records = map(json.loads, text_lines(path)) # every answer is in it, so it may be long
         chains = Chains(header["about"], tuple(Chain(**record) for record in records))
+        if not {"model", "tokenizer"} <= chains.about.keys() or "called" not in chains.about.get("style", ()):
+            raise ValueError("its header lacks model, tokenizer or style")
         if header["sha256"] != chains.fingerprint: raise ValueError("its checksum is another")
         return check_fields(chains)
 
@@ -264,16 +265,19 @@ def own_chains(
     for e in examples: check_room(model, [prompt_tokens(e)], token_limit(e.task, answering.max_new_tokens))
     about = chains_origin(model, tokenizer, examples, style, answering, seed)
     if amount: about |= {"tokens": amount, "rule": str(rule)}
-    if file and Path(file).exists(): return same_origin(Path(file), about)
+    folder = Path(file).with_name(Path(file).name + ".unfinished") if file else None
+    if file and Path(file).exists():
+        chains = same_origin(Path(file), about)
+        remove(folder) # of a call that was killed when its file was whole
+        return chains
     def answer(part: AnswerPart): return answered(model, tokenizer, part, style, answering, seed)
     def enough(chains: Sequence[Chain]) -> bool:
         return amount is not None and held_tokens(kept_examples(tokenizer, chains, rule)) >= amount
-    folder = Path(file).with_name(Path(file).name + ".unfinished") if file else None
     with alone_in(folder) if folder else nullcontext():
         parts = answer_parts(examples, answering.tries, answering.part, amount)
         chains = Chains(about, tuple(finished_parts(parts, answer, about, folder, enough)))
         if file: write_chains(file, chains)
-    if folder: shutil.rmtree(folder)
+    if folder: remove(folder)
     return chains
 
 # %% ../../nbs/jobs/06_chains.ipynb #c056
@@ -307,7 +311,8 @@ def chain_calibration(
     exclude: Collection[str] = frozenset(), # Content hashes of problems that are left out
 ) -> Calibration: # The chains as targets
     "A calibration set of a model's own answers; too few of them raise `BadInput`."
-    chains, examples = chains if isinstance(chains, Chains) else read_chains(chains), []
+    seed, examples = check_seed(seed), []
+    chains = chains if isinstance(chains, Chains) else read_chains(chains)
     if fingerprint_differences(chains.about.get("tokenizer"), tokenizer_fingerprint(tokenizer), TOKENIZER_PARTS):
         raise BadInput("The chains were written with another tokenizer or chat template: expected this model's, since "
                        "prompts are kept as text; make them with 'cap chains' for this model.")
@@ -315,7 +320,7 @@ def chain_calibration(
         raise BadInput("The chains hold one try of each problem, and --chain-rule has solved=: expected several, since "
                        "that is a share of the tries; write them with --tries 4 or more, or leave solved= out.")
     if not (n is None or isinstance(n, Tokens)): check_at_least(n, 1, "n (chains a task)")
-    for task in dict.fromkeys(tasks or chains.tasks):
+    for task in chains.tasks if tasks is None else chosen_tasks(tokenizer, tasks):
         mine = [chain for chain in chains.chains if chain.task == task and chain.uid not in exclude]
         pool = kept_examples(tokenizer, mine, rule)
         wanted = "some" if n is None or isinstance(n, Tokens) else n
@@ -353,6 +358,7 @@ def text_calibration(
     data_dir: str | Path | None = None, # Folder that holds wikitext2/valid.txt; None means the hub
 ) -> Calibration: # Windows under the task name "text"
     "A calibration set of plain text that no perplexity is measured on; too short a text raises `BadInput`."
+    seed = check_seed(seed)
     first_half, _ = halves(load_text(text, data_dir, "calibration").text) # the second one is for validation
     ids = tokenizer(first_half, verbose=False)["input_ids"]
     windows = drawn_blocks(ids, n, tokens, seed)

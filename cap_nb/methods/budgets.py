@@ -300,7 +300,7 @@ class BudgetSettings:
     cap: float = 0.95 # The largest share that a region may get
     seed: int = 0 # Seed of the examples
     batch_tokens: int = 4096 # Padded tokens per batch
-    apart: bool = False # Whether each projection is pruned alone, and not a whole attention or MLP
+    apart: bool = False # Whether each role is pruned alone (of all experts together), and not a whole attention or MLP
 
 # %% ../../nbs/methods/22_budgets.ipynb #e118c767
 @dataclass(frozen=True)

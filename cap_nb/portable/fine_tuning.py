@@ -21,12 +21,13 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from ..calibration import Calibration
 from ..core.errors import BadInput, check_at_least, validate_arguments
-from ..core.files import alone_in, check_new_folder, sealed, whole_folder, write_json
+from ..core.files import alone_in, check_new_folder, remove, sealed, whole_folder, write_json
 from ..data.prompts import Example
 from ..jobs.settings import check_tuning, FineTuning
 from ..methods.block import in_float32
 from ..methods.resumed_scoring import divergence_of_logits, target_logits
 from ..models.anatomy import check_length, projections
+from ..models.decoding import inference
 from ..models.interventions import all_of
 from ..models.lab import STATE, load_state, save_state, step_optimizers
 from ..models.loading import check_all_here, model_fingerprint, save_model
@@ -62,7 +63,8 @@ class HeldParameter:
 def held_parameters(model: nn.Module) -> tuple[HeldParameter, ...]: # Each parameter in scope once
     "Note where a model's projections are zero; a model without any zero there raises `BadInput`."
     held = []
-    for parameter in dict.fromkeys(p.parameter for p in projections(model)):
+    with inference(model): parameters = dict.fromkeys(p.parameter for p in projections(model)) # a loop has dropout on
+    for parameter in parameters:
         zeros = parameter.detach() == 0
         negative = zeros & parameter.detach().signbit()
         held.append(HeldParameter(parameter=parameter, zeros=zeros, negative=negative if negative.any() else None))
@@ -188,6 +190,9 @@ def train_on(model: nn.Module, examples: Sequence[Example], settings: FineTuning
     "Train from the last state that was kept, or from the start; a loss that is not finite raises `BadInput`."
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices, others = ([p for p in trained.values() if (p.ndim > 1) is decays] for decays in (True, False))
+    if not trained:
+        raise BadInput("No parameter of the model wants a gradient: expected some to train; call "
+                       "model.requires_grad_(True), or give a rank.")
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     # only matrices decay (Loshchilov and Hutter 2019)
     optimiser = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr)
@@ -238,12 +243,17 @@ def recover(
     if taught == before:
         raise BadInput("The teacher is the model itself: expected another, as a rule the model before it was pruned; "
                        "name that one.")
+    heads = [len(each.get_output_embeddings().weight) for each in (model, teacher or model)]
+    if heads[0] != heads[1]: # a vocabulary is rounded up, to another number in another size of a family
+        raise BadInput(f"The teacher predicts {heads[1]:,} tokens and the model {heads[0]:,}: expected as many; name "
+                       "the model that was pruned, or another with an output head of this size.")
     about = {"settings": asdict(settings), "model": before, "calibration": calibration.fingerprint, "teacher": taught}
     if settings.rank is None: trained = all_of(begin(model) for begin in (in_float32, held_zeros))
     else: trained = trained_by_rank(model, settings.rank, settings.seed)
-    with alone_in(folder) if folder else nullcontext(), ExitStack() as stack, trained:
+    with alone_in(folder) if folder else nullcontext(), ExitStack() as stack:
         stack.callback(model.train, model.training)
         model.eval()
+        stack.enter_context(trained)
         losses = train_on(model, calibration.examples, settings, about, folder, save_every, teacher)
     return Recovery(
         settings=settings, before=before, after=model_fingerprint(model), calibration=calibration.fingerprint,
@@ -252,21 +262,28 @@ def recover(
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c078
 REPORT = "recovery_report.json" # Name of the report in a saved folder
 
+def check_new_training(out: Path) -> None:
+    "As `check_new_folder`; the state of a training that was killed when its folder was whole is removed."
+    if (out/REPORT).is_file(): remove(out.with_name(f"{out.name}.unfinished")/STATE)
+    check_new_folder(out)
+
 def recover_into(out: str | Path, model: nn.Module, tokenizer: object, calibration: Calibration,
-                 settings: FineTuning = FineTuning(), teacher: nn.Module | None = None) -> Recovery: # What was done
-    "Train a pruned model further and save it; after a kill the same call goes on."
-    check_new_folder(out := Path(out))
+                 settings: FineTuning = FineTuning(), teacher: nn.Module | None = None,
+                 trained_on: dict | None = None) -> Recovery: # What was done
+    "Train a pruned model further and save it with what is said of the examples; after a kill the same call goes on."
+    check_new_training(out := Path(out))
     working = out.with_name(f"{out.name}.unfinished")
     report = recover(model, calibration, settings, working, teacher=teacher)
     if record := getattr(model.config, "cap_nb", None): # what the configuration says of the pruning
         about = asdict(report.settings) | {"calibration": report.calibration, "weights before": report.before}
         if report.teacher: about["teacher"] = report.teacher
+        if trained_on: about["trained on"] = trained_on
         earlier = {"before": record["fine-tuning"]} if "fine-tuning" in record else {}
         model.config.cap_nb = sealed(record | {"fine-tuning": about | earlier})
     with whole_folder(out) as part:
         save_model(model, tokenizer, part)
         write_json(part/REPORT, asdict(report))
-    (working/STATE).unlink()
+    remove(working/STATE)
     if not any(working.iterdir()): working.rmdir()
     return report
 

@@ -55,7 +55,7 @@ def calibration_record(calibration: Calibration) -> dict: # What JSON can hold
 def scores_record(losses: HeadLosses, aggregation: str) -> dict: # What JSON can hold
     "What config.json says of the table of losses."
     on = examples_record(losses.task, losses.k, losses.seed, losses.meta.get("calibration"))
-    within = {"budget": screened["budget"]} if (screened := losses.meta.get("screened")) else {} # measured in part
+    within = {"screened": screened} if (screened := losses.meta.get("screened")) else {} # measured in part
     return on | {"target": losses.target, "aggregation": aggregation} | within
 
 # %% ../../nbs/portable/04_sharing.ipynb #c011
@@ -211,9 +211,17 @@ def per_cent(share: float) -> str: # As in "50.00 %"
     "A share in per cent."
     return f"{100 * share:.2f} %"
 
+def share_done(record: dict, zero: float) -> tuple[float, str]:
+    "The share of weights that is gone, cut out or else zero, and which of the two."
+    if "removed" not in record: return zero, "zero"
+    return record["removed"] / (record["removed"] + record["weights"]), "cut out"
+
 def summary_lines(folder: Path, record: dict, report: PruneReport) -> str: # Lines of Markdown
     "What was pruned, and how."
-    base, before = record["base"], record.get("before")
+    base, before, share = record["base"], record.get("before"), share_done(record, report.reached)[0]
+    counted = f"{report.zeros:,} of {report.weights:,}"
+    if removed := record.get("removed"):
+        counted = f"{removed:,} of {removed + record['weights']:,} cut out, {per_cent(report.reached)} of the rest zero"
     about = {name: base[name] for name in ("commit", "fingerprint") if name in base}
     stated = ", ".join(base[key] for key in LICENCE if key in base)
     files = ", ".join(sorted(path.name for path in folder.glob("LICENSE*")))
@@ -223,9 +231,8 @@ def summary_lines(folder: Path, record: dict, report: PruneReport) -> str: # Lin
     lines = {
         "Base": f"{base['name']}, {value_text(about)}", "Licence of the base": licence,
         "Method": f"`{record['method']}`: {record['says']}", "Source": record["source"],
-        "Sparsity": f"{per_cent(record['asked'])} asked, {per_cent(report.reached)} counted in the weights "
-                    f"({report.zeros:,} of {report.weights:,}; projections of attention and MLP, no embeddings, norms, "
-                    "biases or head)",
+        "Sparsity": f"{per_cent(record['asked'])} asked, {per_cent(share)} counted in the weights ({counted}; "
+                    "projections of attention and MLP, no embeddings, norms, biases or head)",
         "Scope": record.get("scope"), "Ties": record.get("ties"),
         "Calibration set": "calibration" in record and value_text(record["calibration"]),
         "Table of losses": "scores" in record and value_text(record["scores"]),
@@ -257,14 +264,10 @@ def measured_section(record: dict, mask: str, run: Run, name: str) -> str:
     same = "exactly the zeros of this folder (the weights that stay were not compared)"
     other = "the same sparsity by the same method, but not to exactly these zeros: another calibration set or machine"
     masks = [theirs for report, theirs in run.reports if is_of(record, report.method, report.asked)]
-    return f"## Measured\n\nThe run pruned to {same if mask in masks else other}.\n\n{table.rstrip()}"
+    trained = " This folder was trained afterwards, the run's model was not." if "fine-tuning" in record else ""
+    return f"## Measured\n\nThe run pruned to {same if mask in masks else other}.{trained}\n\n{table.rstrip()}"
 
 # %% ../../nbs/portable/04_sharing.ipynb #7f899258
-def share_done(record: dict, zero: float) -> tuple[float, str]:
-    "The share of weights that is gone, cut out or else zero, and which of the two."
-    if "removed" not in record: return zero, "zero"
-    return record["removed"] / (record["removed"] + record["weights"]), "cut out"
-
 def title_of(record: dict, report: PruneReport) -> str: # Markdown
     "The title, and a warning if the weights are not as the pruning left them."
     share, done = share_done(record, report.reached)
@@ -355,11 +358,13 @@ class Upload:
     files: tuple[SharedFile, ...] # Every file
     url: str | None = None # Of the commit; None if nothing was uploaded
 
+WEIGHTS = (".safetensors", ".safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json") # Ends
+
 def check_not_in_the_way(there: Sequence[str], upload: Upload) -> None:
     "Raise `BadInput` for weights in a repository that would stay, and might be loaded in place of the new ones."
     kept = sorted({name for name in there if "/" not in name} - {file.name for file in upload.files})
     for name in kept:
-        if name == MANIFEST or name.endswith((".safetensors", ".safetensors.index.json")):
+        if name in (MANIFEST, "adapter_config.json") or name.endswith(WEIGHTS):
             raise BadInput(f"{upload.repository} holds {name}, which may be loaded in place of what is new: expected a "
                            "new repository, or the same files; delete it there, or choose another name.")
 

@@ -89,7 +89,12 @@ def smaller_config(model: nn.Module, neurons: int, groups: int) -> object: # Con
 # %% ../../nbs/portable/06_shrink.ipynb #c020
 def check_plain(model: nn.Module, config: object, weights: dict[str, torch.Tensor]) -> None:
     "Raise `BadInput` unless the plain class with that configuration has exactly these weights."
-    with torch.device("meta"): plain = type(model)(config)
+    try:
+        with torch.device("meta"): plain = type(model)(config)
+    except Exception as error: # each class checks in its own way
+        said = " ".join(str(error).split())[-150:]
+        raise BadInput(f"A plain {config.model_type} cannot have these widths ({said}): expected a number of key-value "
+                       "heads that its class takes; keep another number, or all.") from error
     for name, weight in plain.named_parameters():
         if weight.shape == weights[name].shape: continue
         raise BadInput(f"{name} of a {config.model_type} would be {list(weights[name].shape)} and its class makes it "
@@ -226,8 +231,9 @@ def check_shrinking(model: nn.Module, how: Shrinking) -> int: # Neurons a layer 
     if how.scores is not None and how.groups is None:
         raise BadInput("--scores was given without --groups: expected both, since scores of heads only choose heads; "
                        "say how many key-value heads stay, or leave --scores out.")
-    kept = neurons_to_keep(model, how.sparsity, how.groups)
-    smaller_config(model, kept, how.groups or widths_of(model)[1])
+    kept, groups = neurons_to_keep(model, how.sparsity, how.groups), how.groups or widths_of(model)[1]
+    config, layers = smaller_config(model, kept, groups), dimensions(model.config).layers
+    check_plain(model, config, cut_weights(model, *(torch.arange(n).repeat(layers, 1) for n in (kept, groups)))) # any n
     return kept
 
 # %% ../../nbs/portable/06_shrink.ipynb #c057

@@ -247,11 +247,15 @@ def filled(model: nn.Module) -> nn.Module: # A copy without zeros in scope
 # %% ../../nbs/portable/05_speed.ipynb #c048
 def check_same_sizes(pruned: nn.Module, dense: nn.Module) -> None:
     "Raise `BadInput` unless two models have the same tensors; one that says that it was shrunk may have smaller ones."
-    note = getattr(pruned.config, "cap_nb", None)
+    note, shrunk = getattr(pruned.config, "cap_nb", None), False
     while note: # it may have been shrunk first, and pruned then
-        if "removed" in note: return
-        note = note.get("before")
+        shrunk, note = shrunk or "removed" in note, note.get("before")
     first, second = ({n: tuple(w.shape) for n, w in model.named_parameters()} for model in (pruned, dense))
+    if shrunk:
+        whole = pruned.get_input_embeddings().weight # no cut touches them
+        def is_within(shape, other): return len(shape) == len(other) and all(a <= b for a, b in zip(shape, other))
+        first |= {name: second[name] for name, weight in pruned.named_parameters()
+                  if weight is not whole and is_within(weight.shape, second.get(name, ()))}
     if first != second:
         odd = next(name for name in (*first, *second) if first.get(name) != second.get(name))
         raise BadInput(f"The two models differ in {odd}: expected the model that was pruned; name it, or leave "
