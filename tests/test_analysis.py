@@ -275,6 +275,15 @@ def test_three_seeds_leave_undecided_what_each_of_them_decides():
     refuses("cap and magnitude were not measured on", compare_over_seeds, {seed: [other, run[1]] for seed, run in runs.items()}, [("cap", "magnitude")])
 
 
+def test_seeds_that_are_all_alike_have_an_interval():
+    runs = {seed: [Evaluation(method=method, sparsity=0.5, reached=0.5, answers=answers("arc", right, 40)) for method, right in (("magnitude", 0), ("wanda", 40), ("cap", 40))] for seed in range(3)}
+    same, all_won = compare_over_seeds(runs, [("cap", "wanda"), ("cap", "magnitude")]).values()
+    assert (same.value, same.low, same.high) == (0, -same.high, pytest.approx(11.1, abs=0.1)) and not same.decided
+    assert all_won.low < 95 and all_won.high == 100 and all_won.decided
+    means = seed_table(runs)
+    assert means["Low"].round().tolist() == [91, 0, 91] and means["High"].round().tolist() == [100, 9, 100]
+
+
 def made_up_answers(first, last, n=40):
     return tuple(replace(answer("arc", i, first <= i < last), lenient_correct=first <= i < last + 2) for i in range(n))
 

@@ -139,7 +139,7 @@ TEXTS = [("gsm8k", "#### 72", "72", "72"), ("gsm8k", "  #### $1,234.00  ", "1234
          ("strategyqa", "Answer: yes", "yes", "yes"), ("strategyqa", "Answer: Yes", None, "yes"), ("strategyqa", "Answer: yes.", None, "yes"),
          ("strategyqa", "Nothing is known; yesterday.", None, None), ("strategyqa", "answer: no\nyes yes", None, "no"),
          ("arc", "Answer: B", "B", "B"), ("arc", "Answer: B\nAnswer: C", "C", "C"), ("arc", "Answer: (B)", None, "B"), ("arc", "A. heat\nB. cold", None, "B"),
-         ("arc", "the answer is C because A is not", None, "C"), ("arc", "The answer is 'B'.", None, "B"), ("arc", "I'd say that A's H2O", None, None), ("arc", "I do not know.", None, None)]
+         ("arc", "the answer is C because A is not", None, "C"), ("arc", "The answer is A because it is taller than B.", None, "A"), ("arc", "The answer is a guess: A cat, or B", None, "B"), ("arc", "The answer is 'B'.", None, "B"), ("arc", "I'd say that A's H2O", None, None), ("arc", "I do not know.", None, None)]
 BOXED = [("gsm8k", "So $\\boxed{72}$.", "72", "72"), ("gsm8k", "\\boxed{1,234.0}\nIs it \\boxed{5}?", "5", "5"), ("gsm8k", "\\boxed{72 clips}", None, "72"),
          ("gsm8k", "\\boxed{72", None, "72"), ("gsm8k", "#### 72", None, "72"), ("strategyqa", "\\boxed{yes}", None, "yes"), ("strategyqa", "Answer: yes", "yes", "yes"),
          ("math500", "\\boxed{\\frac{1}{\\sqrt{2}}}", "\\frac{1}{\\sqrt{2}}", "\\frac{1}{\\sqrt{2}}"), ("math500", "\\boxed{\\{1, 2\\}}", "\\{1, 2\\}", "\\{1, 2\\}"),

@@ -1,11 +1,13 @@
 """lm-evaluation-harness on our prompts: its verdict on every answer is ours. Skipped where the optional extra is not installed."""
 import copy
+import itertools
 import json
 import logging
 import random
 
 import pytest
 import torch
+import yaml
 
 from cap_nb.methods.prune import prune
 from cap_nb.evaluation import answer_problems, evaluation_problems
@@ -14,8 +16,9 @@ from cap_nb.models.choices import choice_records, log_probs, options_of, tokens_
 from cap_nb.models.loading import load_model, save_model
 from conftest import DATA, needs_data
 from test_real_input import needs_smollm2
+from cap_nb.data.prompts import normal_number
 from cap_nb.experiments.harness import (
-    HarnessSettings, harness_answers, harness_results, harness_text, imported_harness, measures_table, undisturbed, write_harness_task)
+    HARNESS_TASKS, HarnessSettings, harness_answers, harness_results, harness_text, imported_harness, measures_table, undisturbed, write_harness_task)
 
 pytest.importorskip("lm_eval", reason="the optional extra is not installed: pip install 'cap_nb[harness]'")
 TASKS = ("lab-gsm8k", "lab-strategyqa", "lab-arc")
@@ -45,6 +48,15 @@ def test_every_verdict_is_ours(task, half, tmp_path):
     ours, theirs = both(*half, task, tmp_path, n=40, seed=5)
     assert verdicts(ours) == verdicts(theirs)
     assert 0 < sum(r.correct for r in ours) < 40, "a test needs right and wrong answers"
+
+
+def test_a_number_is_right_there_however_it_is_written():
+    ignored = yaml.safe_load((HARNESS_TASKS / "gsm8k.yaml").read_text())["metric_list"][0]["regexes_to_ignore"]
+    judge = imported_harness().api.metrics.exact_match_fn
+    written = "72 $72 72.0 72. 072 700 1,700 -5 -$3.50 .5 0.50 -0 .0 00 -0.00 26.80 26.8 26.08 2.680 1.010 1000.100 007.50 10 100".split()
+    for text, gold in itertools.product(written, map(normal_number, written)):
+        theirs = judge(predictions=[text], references=[gold], regexes_to_ignore=ignored)["exact_match"]
+        assert bool(theirs) == (normal_number(text) == gold), (text, gold)
 
 
 def test_a_saved_model_and_answers_that_are_cut_off(half, tmp_path):

@@ -56,11 +56,15 @@ def test_a_second_record_of_calibration_sets_joins_by_itself(tmp_path):
     found = asked("gain of calibration sets", records, **sets)
     assert (found.n, found.unit) == (120, "nats") and found.p is not None
     assert asked("gain of calibration sets", records, **sets | {"of": "cap"}) is None
+    tasks_alone = [[*key, {task: of for task, of in losses.items() if task != "text"}, windows] for *key, losses, windows in cells]
+    without = replace(records, studies={"calibration sets": {"cells": tasks_alone}})
+    assert asked("gain of calibration sets", without, **sets) == found
+    assert asked("gain of calibration sets", without, **sets | {"on": "perplexity"}) is None
     assert asked("answers gained by calibration sets", records, first="chains").value == pytest.approx(200 / 3)
 
 
 def test_methods_on_other_problems_are_refused():
-    refuses("the same problems for every method", study_gains, {"a": [1.0]}, {"a": [1.0, 2.0]}, "tasks")
+    refuses("the same problems for every method", study_gains, {"a": [1.0]}, {"a": [1.0, 2.0]})
 
 
 def test_a_gap_of_parts_wants_what_both_parts_measured():
@@ -94,8 +98,12 @@ def test_seeds_that_were_judged_on_other_problems_are_refused(measure):
 
 def test_neurons_at_a_sparsity_that_the_main_run_lacks_are_refused():
     cells = {(e.method, e.sparsity): e for e in load_run(FIGURES / "lab_methods").evaluations}
-    assert neuron_cells(FIGURES, "lab", cells)
-    refuses("has none of cap", neuron_cells, FIGURES, "lab", {key: e for key, e in cells.items() if key[1] != 0.5})
+    model = model_of("lab_methods")
+    assert neuron_cells(FIGURES, "lab", cells, model)
+    refuses("has none of cap", neuron_cells, FIGURES, "lab", {key: e for key, e in cells.items() if key[1] != 0.5}, model)
+    refuses("differ in the model", neuron_cells, FIGURES, "lab", cells, model | {"fingerprint": "0" * 64})
+    fewer = {key: replace(e, losses=e.losses[:9]) for key, e in cells.items()}
+    refuses("and the main run 9", neuron_cells, FIGURES, "lab", fewer, model)
 
 
 def test_the_dense_model_s_answers_are_those_of_this_model():
@@ -106,6 +114,9 @@ def test_the_dense_model_s_answers_are_those_of_this_model():
     records = ModelRecords("qwen", {}, runs={"held out": {0: cells}}, dense_answers=dense)
     kept = asked("right answers kept", records, first="alps")
     assert kept.value == pytest.approx(22 / 50) and kept.n == 50 and kept.high < 2 / 3
+    assert asked("right answers kept", records, first="alps", on="arc") is None, "the dense model answered GSM8K alone"
+    others = replace(records, dense_answers=(*dense, replace(dense[0], task="arc")))
+    assert asked("right answers kept", others, first="alps") == kept
     refuses("problems were not put to the pruned one", answered_by_both, cells["alps", 0.5].answers, dense)
 
 
@@ -127,4 +138,14 @@ def test_what_a_table_of_losses_cannot_say_is_not_measured():
     few = replace(only_examples(alone, range(6)), task=("lab-gsm8k",) * 3 + ("text",) * 3)
     for measure, on in (("agreement of tasks", {}), ("agreement", {"of": "blocks"})):
         assert asked(measure, ModelRecords("lab", {}, losses=few), **on) is None
+    some = dict(enumerate([losses] * 4))
+    assert asked("agreement gained by more", ModelRecords("lab", {}, seed_losses=some), of="seeds") is None
+    assert asked("agreement gained by more", ModelRecords("lab", {}, seed_losses=some | {4: losses}), of="seeds").value == pytest.approx(0)
     assert asked("agreement of tasks", ModelRecords("lab", {}, losses=losses), first="gsm8k", second="arc").value < 1
+
+
+@pytest.mark.parametrize("right, said", [(3, "too few"), (200, None)])
+def test_too_few_chains_are_a_number_and_enough_without_a_gain_are_not_measured(right, said):
+    one = replace(load_run(QWEN / "solvers").evaluations[-1].answers[0], correct=True, cut_off=False)
+    found = asked("gold over chains", ModelRecords("lab", {}, chains=(one,) * right))
+    assert (found and found.n < found.fewest and "too few") == said

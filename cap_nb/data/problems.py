@@ -74,7 +74,7 @@ def fitting(schema: type[BaseModel], record: Mapping) -> BaseModel:
 # %% ../../nbs/data/02_problems.ipynb #c014
 def with_number(text: str) -> str:
     "Raise ValueError unless a solution ends in '#### number'."
-    if re.search(r"####\s*-?[\d,]*\.?\d+\s*$", text): return text
+    if re.search(r"####\s*-?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)\s*$", text): return text
     raise ValueError("it does not end in '#### number'")
 
 class Gsm8kRecord(BaseModel):

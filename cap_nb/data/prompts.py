@@ -50,6 +50,16 @@ def prompt_style(style: str | PromptStyle) -> PromptStyle:
     if isinstance(style, PromptStyle): return style
     return PROMPT_STYLES[check_choice(style, PROMPT_STYLES, "prompt style")]
 
+def filled_in(template: str, whose: str, **parts: str) -> str:
+    "A template with its parts in place; one without a place for a part that is not empty raises `BadInput`."
+    for part, text in parts.items():
+        try: fits = "\0" in template.format(**parts | {part: "\0"})
+        except (AttributeError, LookupError, TypeError, ValueError): fits = False
+        if text and not fits:
+            raise BadInput(f"{template!r} of {whose} has no place for the {part}: expected {{{part}}} in it, and any "
+                           "other brace written twice; correct it.")
+    return template.format(**parts)
+
 def answer_line_of(style: str | PromptStyle, family: str) -> str:
     "The last line that a style wants, or that the task itself has."
     lines = prompt_style(style).answer_lines
@@ -58,16 +68,17 @@ def answer_line_of(style: str | PromptStyle, family: str) -> str:
 def question_text(problem: Problem, style: str | PromptStyle) -> str:
     "What the user says, before the chat template; a style that does not know the task asks as the task itself does."
     choices = "\n".join(f"{letter}. {text}" for letter, text in problem.choices)
-    prompts, family = prompt_style(style).prompts, task_family(problem.task)
-    template = prompts[family] if family in prompts else TASKS[family].prompt
-    if not template:
-        raise BadInput(f"Style {prompt_style(style).name!r} has no prompt for {family}: expected a template with "
-                       "{question} in it; add one.")
-    return template.format(question=problem.question, choices=choices)
+    style, family = prompt_style(style), task_family(problem.task)
+    template = style.prompts[family] if family in style.prompts else TASKS[family].prompt
+    return filled_in(template, f"style {style.name!r} for {family}", question=problem.question, choices=choices)
+
+def answer_line(style: str | PromptStyle, family: str, answer: str) -> str:
+    "The last line with an answer in it."
+    return filled_in(answer_line_of(style, family), f"style {prompt_style(style).name!r} for {family}", answer=answer)
 
 def target_text(problem: Problem, style: str | PromptStyle) -> str:
     "What the model should say: the worked solution, then the answer line (paper section 3.1)."
-    line = answer_line_of(style, task_family(problem.task)).format(answer=problem.answer)
+    line = answer_line(style, task_family(problem.task), problem.answer)
     return f"{problem.solution}\n{line}" if problem.solution else line
 
 # %% ../../nbs/data/03_prompts.ipynb #c017
@@ -251,10 +262,7 @@ BOX = r"\boxed{" # It may stand within a line, and go over several
 
 def strict_pattern(style: str | PromptStyle, family: str) -> re.Pattern:
     "The pattern of a style's answer line (paper Appendix B); a style without room for the answer raises `BadInput`."
-    before, marker, after = answer_line_of(style, family).format(answer="\0").partition("\0")
-    if not marker:
-        raise BadInput(f"The answer line {before!r} has no place for the answer: expected {{answer}} in it; "
-                       "add that to the prompt style.")
+    before, _, after = answer_line(style, family, "\0").partition("\0")
     line = f"{re.escape(before)}({ANSWERS[family]}){re.escape(after)}"
     return re.compile(rf".*{line}.*", re.DOTALL) if before == BOX else re.compile(line)
 
@@ -266,8 +274,9 @@ def strict_answer(text: str, style: str | PromptStyle, family: str) -> str | Non
     return next((match[1] for match in reversed(list(matches)) if match), None)
 
 LEADS = r"(?i:answer(?:\s+is)?\s*:|answer\s+is)[\s*_(\"'`]*" # "the answer is", "Answer: **"
+NOUN = r"\s+(?!(?:and|as|because|but|is|not|or|since)\b)[a-z]" # Behind an article
 LOOSE = {"gsm8k": rf"(?<![\w.])({NUMBER})", "strategyqa": r"\b(?i:(yes|no))\b",
-         "arc": r"(?<!\w)(?<!\w')((?:A(?!\s+[a-z])|[B-H])(?!\w|'\w))",
+         "arc": rf"(?<!\w)(?<!\w')((?:A(?!{NOUN})|[B-H])(?!\w|'\w))",
          "math500": rf"(\$[^$\n]+\$|\\\(.+?\\\)|(?<![\w.]){NUMBER})"} # Benchmark -> an answer anywhere in a text
 
 def lenient_answer(text: str, style: str | PromptStyle, family: str) -> str | None:

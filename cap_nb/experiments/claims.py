@@ -26,6 +26,7 @@ from ..calibration import deal_subsets
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import read_checked, sha256_of_file, write_json, write_text
 from ..core.plots import blank_figure, in_style, save_figure
+from ..data.problems import task_family
 from ..evaluation import AnswerRecord, Evaluation, bootstrap_interval, right_shares
 from .seeds import split_variance
 from .variants import FEWEST_CHAINS, VARIANTS, losses_of_task, only_examples, variant_scores
@@ -159,16 +160,19 @@ def studies_of(figures: Path, name: str, model: Mapping) -> dict[str, dict]:
 # %% ../../nbs/experiments/02_claims.ipynb #013e89a8
 BESIDE = " beside neurons" # Ends the name of a method that was measured again, on the processor of those with neurons
 
-def neuron_cells(figures: Path, name: str, cells: Cells) -> dict[tuple[str, float], Evaluation]:
-    "What the study of neurons measured, in the order of the main run's problems."
+def neuron_cells(figures: Path, name: str, cells: Cells, model: Mapping) -> dict[tuple[str, float], Evaluation]:
+    "What the study of neurons measured, in the order of the main run's problems; another model's raises `BadInput`."
     path, found = figures/"neurons"/f"{name}.json", {}
-    for key, cell in (read_checked(path)["cells"] if path.exists() else {}).items():
+    for key, cell in (read_study(path, "cells", name, model) or {"cells": {}})["cells"].items():
         method, sparsity = key.split("/")
         like = cells.get(("cap", float(sparsity)))
         if like is None:
             raise BadInput(f"{path} has cells at a sparsity of {sparsity} and the main run of {name} has none of cap: "
                            "expected the sparsities of the study in both; run cap there, or move the record elsewhere.")
-        losses = tuple(replace(of, loss=loss) for of, loss in zip(like.losses, cell["losses"], strict=True))
+        if len(cell["losses"]) != len(like.losses):
+            raise BadInput(f"{path} has {len(cell['losses'])} losses of {key} and the main run {len(like.losses)}: "
+                           "expected the same problems in both; measure it again.")
+        losses = tuple(replace(of, loss=loss) for of, loss in zip(like.losses, cell["losses"]))
         if ".neurons" not in method: method += BESIDE # the main run has it too, from another processor
         found[method, float(sparsity)] = replace(like, method=method, reached=cell["reached"], losses=losses,
                                                  answers=(), perplexity=None)
@@ -212,7 +216,8 @@ def read_model(figures: str | Path, name: str) -> ModelRecords: # What was run o
     held_out, held_out_experts = (seed_runs(folder)[0] for folder in judged)
     cells = cells_of_run(variants) | cells_of_run(run)
     return ModelRecords(
-        name=name, cells=cells | neuron_cells(figures, name, cells), losses=run.losses, seed_losses=seed_losses,
+        name=name, cells=cells | neuron_cells(figures, name, cells, run.configuration["model"]), losses=run.losses,
+        seed_losses=seed_losses,
         runs={"seeds": by_seed, "experts": {0: cells_of_run(run_in(experts))}, "held out": held_out,
               "held out experts": held_out_experts},
         reached={(report.method, report.asked): report.reached
@@ -399,13 +404,13 @@ def jackknife(sets: Sequence, statistic: Callable[[Sequence], float], confidence
     half = float(stats.t.ppf((1 + confidence) / 2, s - 1)) * error
     return whole, whole - half, whole + half
 
-def over_sets(statistic: Callable[[Sequence[HeadLosses], Claim], float]) -> Measure:
+def over_sets(statistic: Callable[[Sequence[HeadLosses], Claim], float], fewest: int = 3) -> Measure:
     "A rank correlation of several calibration sets: the seeds', or disjoint blocks of the one table."
     def measure(case: Claim, records: ModelRecords, confidence: float) -> Comparison | None:
         table = records.losses if case.of == "blocks" else None
         blocks = blocks_of(table) if table and len(table.intact) >= BLOCKS * FEWEST_EXAMPLES else ()
         sets = tuple(records.seed_losses.values()) if case.of == "seeds" else blocks
-        if len(sets) < 3 or min(len(losses.intact) for losses in sets) < FEWEST_EXAMPLES: return None
+        if len(sets) < fewest or min(len(losses.intact) for losses in sets) < FEWEST_EXAMPLES: return None
         value, *interval = jackknife(sets, lambda sets: statistic(sets, case), confidence)
         return number(value, interval, "rank correlation", len(sets), fewest=3)
     return measure
@@ -440,7 +445,7 @@ def agreement_of_halves(sets: Sequence[HeadLosses], _: Claim | None = None) -> f
 
 MEASURES |= {"agreement": over_sets(lambda sets, case: mean_agreement(sets, case.first)),
              "agreement gained": over_sets(agreement_gained),
-             "agreement gained by more": over_sets(agreement_gained_by_more),
+             "agreement gained by more": over_sets(agreement_gained_by_more, fewest=5), # 4 are left for two pairs
              "agreement of halves": over_sets(agreement_of_halves)}
 
 # %% ../../nbs/experiments/02_claims.ipynb #7ba53d44
@@ -502,8 +507,8 @@ def distance_to_sparsity(case: Claim, records: ModelRecords, confidence: float) 
 def gold_over_chains(case: Claim, records: ModelRecords, confidence: float) -> Comparison | None:
     "Gold solutions against the model's own correct chains; where those were too few to calibrate on, their number."
     gain = gain_of(case, records, confidence)
-    if gain or not records.chains: return gain
     chains = sum(answer.correct and not answer.cut_off for answer in records.chains)
+    if gain or not records.chains or chains >= FEWEST_CHAINS: return gain
     return number(math.nan, NONE, "correct chains", chains, fewest=FEWEST_CHAINS)
 
 MEASURES |= {"spread over seeds": spread_over_seeds, "separation and gain": separation_and_gain,
@@ -522,23 +527,24 @@ IN_STUDY: dict[str, tuple[str, Callable[[Mapping], Losses]]] = { # Measure -> st
         ("shrunk", float(name.split()[-1]), name.rpartition(" ")[0], 0): {"tasks": row["losses"]}
         for name, row in record["rows"].items() if " " in name})}
 
-def study_gains(first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]], on: str) -> np.ndarray:
+def study_gains(first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]]) -> np.ndarray:
     "Two models of a study's record, problem by problem; different numbers of them raise `BadInput`."
     sizes, others = ({name: len(values) for name, values in losses.items()} for losses in (first, second))
     if sizes != others:
         raise BadInput(f"A study's record has losses on {sizes} and on {others}: expected the same problems for every "
                        "method; measure it again.")
-    names = [name for name in first if (name == "text") == (on == ON_TEXT)]
-    return np.concatenate([np.subtract(second[name], first[name]) for name in names])
+    return np.concatenate([np.subtract(second[name], first[name]) for name in first])
 
 def gain_in_study(case: Claim, records: ModelRecords, confidence: float) -> Comparison | None:
     "One model of a study against another, over calibration seeds where there are several."
     study, losses_of = IN_STUDY[case.measure]
     losses = losses_of(records.studies[study]) if study in records.studies else {}
-    def asked(name, seed): return losses.get((case.of, case.sparsity, name, seed))
+    def asked(name, seed): # of the text or of the tasks, whichever the case is about
+        found = losses.get((case.of, case.sparsity, name, seed), {})
+        return {part: values for part, values in found.items() if (part == "text") == (case.on == ON_TEXT)}
     seeds = [seed for seed in dict.fromkeys(key[-1] for key in losses) if asked(case.first, seed)
              and asked(case.second, seed)]
-    gains = [study_gains(asked(case.first, seed), asked(case.second, seed), case.on) for seed in seeds]
+    gains = [study_gains(asked(case.first, seed), asked(case.second, seed)) for seed in seeds]
     if len(gains) < (2 if study == "weighed" else 1): return None
     return gain_comparison(np.stack(gains), "nats", confidence)
 
@@ -604,8 +610,9 @@ def ratio_of_right(pairs: np.ndarray, confidence: float = 0.95) -> tuple[float, 
 def right_answers_kept(case: Claim, records: ModelRecords, confidence: float) -> Comparison | None:
     cells = [cells.get((case.first, case.sparsity)) for cells in records.runs.get("held out", {}).values()]
     pruned = next((cell.answers for cell in cells if cell and cell.answers), ())
-    if not pruned or not any(answer.lenient_correct for answer in records.dense_answers): return None
-    pairs = answered_by_both(records.dense_answers, pruned)
+    dense = [answer for answer in records.dense_answers if task_family(answer.task) == case.on]
+    if not pruned or not any(answer.lenient_correct for answer in dense): return None
+    pairs = answered_by_both(dense, pruned)
     value, *interval = ratio_of_right(pairs, confidence)
     return number(value, interval, "share kept", int((pairs[:, 1] > 0).sum())) # problems that the dense model solves
 

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from ..core.errors import BadInput, validate_arguments
-from ..data.changed_numbers import SPELLED, number_value
+from ..data.changed_numbers import SPELLED, number_value, spelled_in
 from ..data.lab_world import PEOPLE, TOWNS
 from ..data.problems import Problem, task_family
 from ..evaluation import AnswerRecord
@@ -79,6 +79,7 @@ class Side:
     said: str = "" # The digits, where it is one number alone
     operations: int = 0 # Additions, products and the like
     percent: bool = False # Whether a % stands in it
+    hundred: bool = False # Whether 100% stands in it
     quotient: bool = False # Whether its last operation is a division
     unit: bool = False # Whether it ends in a unit
 
@@ -99,7 +100,8 @@ def combined(left: Side, sign: str, right: Side) -> Side: # The two as one
     return Side(
         value=None if no_value else OPERATIONS[sign](a, b), start=left.start, end=right.end,
         numbers=left.numbers + right.numbers, operations=left.operations + right.operations + 1,
-        percent=left.percent or right.percent, quotient=sign == "/", unit=right.unit)
+        percent=left.percent or right.percent, hundred=left.hundred or right.hundred, quotient=sign == "/",
+        unit=right.unit)
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c016
 def starts_operand(tokens: Sequence[ArithmeticToken], index: int) -> bool: # Whether a number may begin here
@@ -157,7 +159,8 @@ def primary_at(tokens: Sequence[ArithmeticToken], index: int, depth: int) -> Sid
         part = Side(value=number_value(said), start=index, end=first + 1, numbers=(number_value(said),), said=said)
     else: raise NoArithmetic
     if part.end < len(tokens) and tokens[part.end].text == "%":
-        part = replace(part, value=part.value and part.value / 100, end=part.end + 1, percent=True)
+        hundred = part.hundred or (bool(part.said) and part.value == 100)
+        part = replace(part, value=part.value and part.value / 100, end=part.end + 1, percent=True, hundred=hundred)
     end = unit_end(tokens, part.end)
     return replace(part, end=end, unit=end > part.end)
 
@@ -219,10 +222,10 @@ def sides_from(tokens: Sequence[ArithmeticToken], index: int) -> list[Side]: # I
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c027
 def rounding_room(side: Side, about: bool) -> Fraction: # A difference must stay below it; zero demands equality
-    "One unit of the last written place of a decimal number that stands alone; of a whole number only after ≈."
+    "A unit of a lone decimal's last place; after ≈, half a unit of a whole number's last that is not 0, and 1/2."
     digits = side.said.replace(",", "").rstrip(".…")
     if "." in digits: room = Fraction(1, 10 ** len(digits.partition(".")[2]))
-    elif about and digits.isdigit(): room = Fraction(10 ** (len(digits) - len(digits.rstrip("0") or "0")))
+    elif about and digits.isdigit(): room = Fraction(10 ** (len(digits) - len(digits.rstrip("0") or "0")) + 1, 2)
     else: room = Fraction(0)
     return room / 100 if side.percent else room
 
@@ -231,7 +234,7 @@ def sides_agree(left: Side, right: Side, about: bool, cents: bool) -> bool: # Wh
     if left.value is None or right.value is None: return False
     scales = {1}
     if right.said and right.percent and not left.percent: scales.add(100) # 20 / 50 * 100 = 40%
-    bare = right.said and not right.percent and left.percent and 100 in left.numbers # 20 / 50 * 100% = 40
+    bare = right.said and not right.percent and left.hundred # 20 / 50 * 100% = 40
     if bare or cents: scales.add(Fraction(1, 100))
     room = max(rounding_room(left, about), rounding_room(right, about))
     def close(scaled, room): return left.value == scaled or abs(left.value - scaled) < room
@@ -283,7 +286,9 @@ def arithmetic_check(
     return sum(equation.true for equation in equations), len(equations)
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c041
-ANSWER_LINE = re.compile(r"\s*(?:####\s*[-$.\d]|\W*answer\s*:)", re.IGNORECASE) # In any prompt style
+ANSWER_LINE = re.compile( # In any prompt style; "Answer: She has 3 eggs." is a step
+    r"\s*####\s*[-$.\d]|\W*answer\s*:\W*(?:(?:yes|no|(?-i:[A-H]))\b|\d)|\W*\\boxed\s*\{[^{}]*\}\W*$", re.IGNORECASE)
+HEADING = re.compile(r"\s*#|\W*answer\W*$", re.IGNORECASE)
 NO_END = re.compile( # A full stop that ends no sentence
     r"(?:^(?:[A-Z]|\d{1,2}|[Ss]tep \d+)|\b(?:Mr|Mrs|Ms|Dr|St|vs|e\.g|i\.e|approx))\.$")
 
@@ -303,7 +308,7 @@ def reasoning_steps(
     "The steps of a chain of thought (paper section 6.1): no headings, no answer lines, nothing after them."
     lines = re.sub(r"\s*\n\s*(?=[=≈])", " ", text).split("\n") # An equation may go on in the next line
     last = max((index for index, line in enumerate(lines) if ANSWER_LINE.match(line)), default=len(lines))
-    solution = [line for line in lines[:last] if not line.lstrip().startswith("#") and not ANSWER_LINE.match(line)]
+    solution = [line for line in lines[:last] if not HEADING.match(line) and not ANSWER_LINE.match(line)]
     return tuple(sentence for line in solution for sentence in sentences_of(re.sub(r"^\s*[-*•]\s+", "", line)))
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c046
@@ -369,7 +374,8 @@ def results_of(equations: Sequence[Equation]) -> set[Fraction]: # The numbers th
 
 def word_steps(question: str, output: str) -> tuple[StepReport, ...]:
     "Each step of a word problem's solution: its equations, and whether its numbers were there before."
-    before, percent, reports = set(numbers_in(question, words=True)), "%" in question or "percent" in question, []
+    before = {*numbers_in(question, words=True), *spelled_in(question)} # three hundred is 3, 100 and 300
+    percent, reports = "%" in question or "percent" in question, []
     for text in reasoning_steps(output):
         equations = equations_in(text)
         uses = [(outside_numbers(text, equations), before | results_of(equations))]
@@ -502,9 +508,10 @@ def conclusion_of(problem: Problem, steps: Sequence[StepReport]) -> str | Fracti
     if problem.task == "lab-strategyqa":
         return next(("yes" if s.affirmed else "no" for s in last_first if s.kind == "comparison"), None)
     if problem.task == "lab-arc": return next((s.used[0] for s in last_first if s.kind == "best"), None)
-    if not steps: return None
-    numbers = [n for equation in steps[-1].statements for n in equation.stated] or numbers_in(steps[-1].text)
-    return numbers[-1] if numbers else None
+    for step in reversed(steps): # a last sentence may have no number: That is all.
+        numbers = [n for equation in step.statements for n in equation.stated] or numbers_in(step.text)
+        if numbers: return numbers[-1]
+    return None
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c090
 @validate_arguments

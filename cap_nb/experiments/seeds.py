@@ -8,18 +8,18 @@ __all__ = ['read_seeds', 'seed_table', 'compare_over_seeds', 'plot_seed_spread']
 # %% ../../nbs/experiments/01_seeds.ipynb #c004
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ..analysis import (
-    by_cell, CAP_PAIRS, Comparison, correct_family, method_title, problem_values, records_by_measure, row_order,
-    shared_cells, sign_flip_test)
+    ALL_ALIKE, by_cell, CAP_PAIRS, Comparison, correct_family, interval_of_gain, method_title, problem_values,
+    records_by_measure, row_order, shared_cells, sign_flip_test)
 from ..core.errors import BadInput, check_at_least, validate_arguments
 from ..core.plots import blank_figure, in_style, method_looks
-from ..evaluation import Evaluation
+from ..evaluation import Evaluation, wilson_interval
 from ..jobs.records import differing, is_run, load_run
 from ..jobs.tables import markdown_rows, rounded_text
 
@@ -137,6 +137,10 @@ def cells_over_seeds(runs: Mapping[int, Sequence[Evaluation]]) -> dict[tuple[str
                        "run them with the same --methods and --sparsity.")
     return {cell: [evaluations[cell] for evaluations in seeds] for cell in cells}
 
+def all_alike(layout: pd.DataFrame, measure: str) -> bool: # Then the split's interval has no width
+    "Whether answers, or their differences, are the same for all seeds and problems."
+    return not measure.endswith("loss") and {*layout.to_numpy().flat} in ALL_ALIKE
+
 # %% ../../nbs/experiments/01_seeds.ipynb #c035
 @validate_arguments
 def seed_table(
@@ -147,8 +151,12 @@ def seed_table(
     for (method, sparsity), evaluations in cells_over_seeds(runs).items():
         for measure, layout in seed_layouts(evaluations).items():
             split, numbers = split_variance(layout), layout.mean(axis=1)
+            low, high = split.low, split.high
+            if all_alike(layout, measure):
+                right = split.problems if split.mean else 0
+                low, high = (100 * end for end in wilson_interval(right, split.problems))
             rows[method_title(method), sparsity, measure] = (
-                split.mean, split.low, split.high, numbers.min(), numbers.max(), *np.sqrt(split.one_run),
+                split.mean, low, high, numbers.min(), numbers.max(), *np.sqrt(split.one_run),
                 split.seeds, split.problems)
     names = pd.MultiIndex.from_tuples(rows, names=["Method", "Sparsity", "Measure"])
     return pd.DataFrame(list(rows.values()), names, list(OVER_SEEDS))
@@ -178,8 +186,14 @@ def compare_over_seeds(
 ) -> dict[tuple[str, str, float, str], Comparison]: # Title, title, sparsity, measure -> first minus second, corrected
     "Compare pairs of methods over calibration seeds and problems, two of each at least, or `BadInput` is raised."
     def unit(measure): return "nats" if measure.endswith("loss") else "points"
-    splits = {key: split_variance(layout) for key, layout in differences_over_seeds(runs, pairs).items()}
-    return correct_family({key: split.comparison(unit(key[3])) for key, split in splits.items()}, family)
+    def compared(measure, layout):
+        found = split_variance(layout).comparison(unit(measure))
+        if not all_alike(layout, measure): return found
+        won, lost = (found.n if better else 0 for better in (found.value > 0, found.value < 0))
+        low, high = interval_of_gain(won, lost, found.n)
+        return replace(found, low=low, high=high)
+    layouts = differences_over_seeds(runs, pairs)
+    return correct_family({key: compared(key[3], layout) for key, layout in layouts.items()}, family)
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c038
 def seed_row(row: pd.Series, measure: str) -> list[str]: # Mean with interval, single seeds, three standard deviations

@@ -22,7 +22,7 @@ from ..core.registry import (
     add, add_format, ADDED, additions_undone, ALLOCATIONS, ATTRIBUTIONS, check_new_name, check_takes, error_in_words,
     in_a_sentence, LOADING, PLUGINS, take_back, TASKS, WORD)
 from ..data.problems import load_problems, Problem, SPLITS, Task, TEXTS
-from ..data.prompts import ANSWERS, LOOSE, NORMAL
+from ..data.prompts import ANSWERS, LOOSE, NORMAL, filled_in
 from .planning import ASSUMED_TOKENS
 from ..methods.attributions import Attribution
 from ..methods.budgets import Allocation, finite_by_layer, layer_weights, shares_of_layers
@@ -120,11 +120,8 @@ def problem_reader(read: Callable[[dict], Mapping], answer: str) -> Callable[[Ma
 # %% ../../nbs/jobs/09_plugins.ipynb #c044
 def check_wording(prompt: str, line: str, answer: str, whose: str) -> None:
     "Raise `BadInput` for templates without their place, and for an expression that cannot be used."
-    for text, mark in ((prompt, "question"), (line, "answer")):
-        try: fits = "\0" in text.format(**{mark: "\0", "choices": ""})
-        except (KeyError, IndexError, ValueError): fits = False
-        if not fits:
-            raise BadInput(f"{text!r} of {whose} has no place for the {mark}: expected {{{mark}}} in it; add it.")
+    filled_in(prompt, whose, question="\0", choices="")
+    filled_in(line, whose, answer="\0")
     try: wrong = "it has groups" if re.compile(answer).groups else ""
     except re.error as error: wrong = str(error)
     if wrong:
