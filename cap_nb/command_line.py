@@ -72,7 +72,7 @@ def parser_sentence(error: Exception) -> str: # The sentence
 
 # %% ../nbs/command_line.ipynb #4c979ac1
 NO_MEMORY = ("There was not enough memory: expected a job that fits this machine; lower the number that was raised, or "
-             "--batch-tokens, for a run with another --out, and see 'cap plan'.")
+             "--batch-tokens (a run then needs another --out); 'cap plan' says what fits.")
 
 def sentence_and_code(error: BaseException) -> tuple[str, int]: # A sentence, and an exit code
     if isinstance(error, BadInput): return str(error), 2
@@ -458,7 +458,8 @@ def plan_command(
     "Say what a job will take, from the model's configuration; no weights are loaded."
     from cap_nb.jobs.planning import plan, plan_text
     if accelerator == "timed":
-        raise BadInput("--accelerator timed names no device: expected one as h100; leave it out to time this one.")
+        raise BadInput("--accelerator timed names no device: expected one such as h100; name it, or leave "
+                       "--accelerator out to time this device.")
     rates = accelerator if accelerator is not None else "timed" if probe else None
     tokens = settings.prompt_tokens, settings.target_tokens
     said = plan_text(plan(job, devices, rates, *tokens, tries=tries))

@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import logging
 import os
-import shutil
 from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -126,7 +125,7 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
             table = scored_table(model, calibration, replace(asked, share=share))
             if not share.rank: save_beside(save_losses, table, out)
         if not (store or share.rank): # renamed first: a process that comes to help finds all of it or nothing
-            shutil.rmtree(working.rename(working.with_name(f".{working.name}.{os.getpid()}.part")))
+            remove(working.rename(working.with_name(f".{working.name}.{os.getpid()}.part")))
     if share.rank: return ""
     if budget is not None:
         return (f"{out}: {int(table.measured.sum()):,} of {table.measured.numel():,} losses with a head masked, "
@@ -477,7 +476,7 @@ def recipe_into(job: Job, pruning: SinglePruning, tuning: FineTuning | None,
 def sets_seen(record: dict | None) -> Iterator[dict]:
     "The sets that a model was calibrated or trained on, by its record and those before it."
     while record:
-        if "calibration" in record: yield record["calibration"]
+        yield from (record[part] for part in ("calibration", "scores") if record.get(part))
         tuning = record.get("fine-tuning")
         while tuning:
             if "trained on" in tuning: yield tuning["trained on"]

@@ -82,7 +82,7 @@ def test_every_way_of_pruning_leaves_the_key(place, tmp_path):
 def test_a_card_says_that_the_run_did_not_measure_the_training(place):
     record, run = read_record(place / "half"), load_run(ROOT / "figures" / "lab")
     for more, said in (({}, False), ({"fine-tuning": {"steps": 1}}, True)):
-        assert ("This folder was trained afterwards, the run's model was not." in sharing.measured_section(record | more, "", run, "run")) == said
+        assert ("This folder was trained afterwards; the run's model was not." in sharing.measured_section(record | more, "", run, "run")) == said
 
 
 def test_packing_keeps_the_key_and_the_card(place, tmp_path):

@@ -41,7 +41,7 @@ def test_an_export_says_what_its_format_keeps(form, sentence, monkeypatch, tmp_p
     assert called("export", tmp_path, "--out", tmp_path / "new", "--format", form).stderr == f"cap: {sentence}\n"
 
 
-def test_a_recipe_keeps_what_came_before_the_pruning(monkeypatch, tmp_path):
+def test_a_recipe_stopped_while_it_prunes_says_that_what_is_finished_is_kept(monkeypatch, tmp_path):
     for name, done in (("check_job", lambda *_: None), ("recipe_begun", lambda job, *_: job), ("benched", lambda *_: None), ("answer_into", lambda *_, **__: [""])):
         monkeypatch.setattr(steps, name, done)
     monkeypatch.setattr(steps, "prune_in_memory", lambda *_: os.kill(os.getpid(), signal.SIGTERM))

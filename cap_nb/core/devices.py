@@ -88,9 +88,10 @@ OPEN: list[tuple[torch.device, list[int]]] = [] # Blocks that are measured: thei
 def memory_taken(device: torch.device) -> Iterator[list[int | None]]:
     "One entry, filled at the end: the bytes that the block took at most beyond what was in use before it, or None."
     module, taken, before, peaks = module_of(device), [None], None, []
+    def peak() -> int: return module.max_memory_allocated(device) if module else resident("VmHWM")
+    for other, seen in OPEN if module or RESET.exists() else ():
+        if other == device: seen.append(peak())
     if module:
-        for other, seen in OPEN:
-            if other == device: seen.append(module.max_memory_allocated(device))
         module.reset_peak_memory_stats(device)
         before = module.memory_allocated(device)
     elif RESET.exists():
@@ -102,5 +103,4 @@ def memory_taken(device: torch.device) -> Iterator[list[int | None]]:
     try: yield taken
     finally: OPEN.pop()
     if before is None: return
-    peaks.append(module.max_memory_allocated(device) if module else resident("VmHWM"))
-    taken[0] = max(0, max(peaks) - before)
+    taken[0] = max(0, max([*peaks, peak()]) - before)

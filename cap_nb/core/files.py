@@ -177,6 +177,7 @@ def alone_in(folder: str | Path, links: bool = False, owner: str = "") -> Iterat
         try:
             held.enter_context(locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB))
             if owner: # a file in it, whose lock other machines see as well
+                if not links: check_no_links(folder) # before anything is made through one
                 (folder/owner).touch()
                 held.enter_context(locked(folder/owner, fcntl.LOCK_EX | fcntl.LOCK_NB))
         except BlockingIOError:

@@ -69,8 +69,9 @@ def question_text(problem: Problem, style: str | PromptStyle) -> str:
     "What the user says, before the chat template; a style that does not know the task asks as the task itself does."
     choices = "\n".join(f"{letter}. {text}" for letter, text in problem.choices)
     style, family = prompt_style(style), task_family(problem.task)
-    template = style.prompts[family] if family in style.prompts else TASKS[family].prompt
-    return filled_in(template, f"style {style.name!r} for {family}", question=problem.question, choices=choices)
+    template, whose = TASKS[family].prompt, f"task {family!r}"
+    if family in style.prompts: template, whose = style.prompts[family], f"style {style.name!r} for {family}"
+    return filled_in(template, whose, question=problem.question, choices=choices)
 
 def answer_line(style: str | PromptStyle, family: str, answer: str) -> str:
     "The last line with an answer in it."

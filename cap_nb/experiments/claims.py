@@ -412,7 +412,7 @@ def over_sets(statistic: Callable[[Sequence[HeadLosses], Claim], float], fewest:
         sets = tuple(records.seed_losses.values()) if case.of == "seeds" else blocks
         if len(sets) < fewest or min(len(losses.intact) for losses in sets) < FEWEST_EXAMPLES: return None
         value, *interval = jackknife(sets, lambda sets: statistic(sets, case), confidence)
-        return number(value, interval, "rank correlation", len(sets), fewest=3)
+        return number(value, interval, "rank correlation", len(sets), fewest=fewest)
     return measure
 
 # %% ../../nbs/experiments/02_claims.ipynb #bf2c4611

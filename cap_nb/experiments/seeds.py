@@ -208,8 +208,9 @@ def seed_markdown(table: pd.DataFrame) -> str: # Markdown, with a note on how to
     return markdown_rows(header, rows, names=3) + (
         f"\n- Means over {table['Seeds'].iloc[0]:.0f} calibration seeds, in per cent or nats, with a 95 % interval "
         "that covers the choice of calibration and of evaluation problems. It may pass 100, where Wilson's interval "
-        "for a single run would not. Last columns: the standard deviations that calibration, evaluation problems and "
-        "the rest give to the number of a single run.\n")
+        "for a single run would not; where all answers are alike it is Wilson's, over the problems alone. Last "
+        "columns: the standard deviations that calibration, evaluation problems and the rest give to the number of a "
+        "single run.\n")
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c041
 def draw_seeds(ax: Axes, means: pd.DataFrame, numbers: Mapping[tuple[str, float], np.ndarray],

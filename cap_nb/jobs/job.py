@@ -52,7 +52,8 @@ from ..methods.screening import load_any, PartialLosses, save_partial, scores_of
 from ..models.anatomy import check_length, context_of, decoder_layers
 from ..models.checks import warn_of_zeros, zeros_of
 from ..models.choices import check_options_fit, choice_records, has_options
-from ..models.decoding import check_room, Decoding, held_by_vllm, imported_vllm, Sampling, token_limit, WRITERS
+from ..models.decoding import (
+    check_for_vllm, check_room, Decoding, held_by_vllm, imported_vllm, Sampling, token_limit, WRITERS)
 from ..models.loading import (
     check_all_here, dtype_named, fingerprint_differences, load_model, model_fingerprint, placed, settings_that_count,
     tokenizer_fingerprint)
@@ -366,6 +367,7 @@ def prepare_loaded(job: Job, model: nn.Module, tokenizer: object) -> Ready:
     check_all_here(model)
     for method in job.prune.methods: check_fits(method, model)
     check_windows_fit(job, model)
+    if job.evaluate.backend == "vllm": check_for_vllm(model)
     job = filled_in(job, tokenizer)
     if not pieces_of(job):
         raise BadInput("Nothing is to be measured: expected answers, losses or a perplexity; raise --loss-n or "

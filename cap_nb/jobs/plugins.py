@@ -143,6 +143,8 @@ def read_whole(name: str) -> tuple[int, int]:
         if not some:
             raise BadInput(f"Task {name!r} has no problems for {split}: expected some; give more, or two files.")
     some = problems["calibration"]
+    if any(problem.choices for each in problems.values() for problem in each): # which the prompt must show
+        filled_in(TASKS[name].prompt, f"task {name!r}", question="\0", choices="\0")
     asked, written = sum(len(p.question) for p in some), sum(len(p.solution + p.answer) for p in some)
     return asked // (4 * len(some)) + 1, written // (4 * len(some)) + 1
 

@@ -258,8 +258,8 @@ def check_started_once(what: str) -> None:
 def device_of_process(device: str | None) -> str | None: # The device of this process
     "The device that a process of a launch should take: a different one each, where there are several."
     _, count, local_rank = launched_processes()
-    here, beside = device_named(None).type, int(os.environ.get("LOCAL_WORLD_SIZE", count))
-    if device == "auto" and count > 1 and beside > 1:
+    here = device_named(None).type
+    if device == "auto" and count > 1 and os.environ.get("LOCAL_WORLD_SIZE") != "1":
         raise BadInput("--device auto was given to several processes of one machine: expected one, since each would "
                        "spread over all its devices; start them apart, each with CUDA_VISIBLE_DEVICES of its own, and "
                        "the later ones with --join.")

@@ -471,10 +471,13 @@ def help_scoring(model: nn.Module, calibration: Calibration, request: Request) -
     "Compute units that are left of a table on which another process is at work; `BadInput` if none is."
     key = losses_key(model, calibration, request.tokenizer_fingerprint, target=request.target)
     units = Path(request.store)/f"{key}-units"
-    if not (units/OWNER).is_file() or not busy(units/OWNER):
+    try:
+        helped = (units/OWNER).is_file() and busy(units/OWNER)
+        begun = sorted(units.glob(f"{request.batch_tokens}-*/{CLAIMS}"), key=lambda path: path.stat().st_mtime)
+    except FileNotFoundError: helped = False # finished and gone meanwhile
+    if not helped:
         raise BadInput(f"No process is at work in {units}: expected one to help, with the same model, examples and "
                        "dtype; start that one first, or do not join.")
-    begun = sorted(units.glob(f"{request.batch_tokens}-*/{CLAIMS}"), key=lambda path: path.stat().st_mtime)
     if begun and request.heads_at_once is None: # as many as there, whatever fits here
         request = replace(request, heads_at_once=int(begun[-1].parent.name.rpartition("-")[2]))
     plan, states = make_plan(model, calibration, request, units)

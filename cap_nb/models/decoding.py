@@ -265,6 +265,12 @@ def imported_vllm() -> object:
     "vLLM; where it is missing, `BadInput` says so."
     return imported("vllm", "vLLM", "it for the backend vllm; run pip install vllm, or take the backend transformers")
 
+def check_for_vllm(model: torch.nn.Module) -> None:
+    "Raise `BadInput` unless all of a model lies on the first device, the only one that vLLM takes here."
+    if model.device.index or len({*getattr(model, "hf_device_map", {}).values()}) > 1:
+        raise BadInput("--backend vllm takes the first device alone: expected the model there; set "
+                       "CUDA_VISIBLE_DEVICES, or take the backend transformers.")
+
 @dataclass
 class HeldModel:
     "A model as vLLM holds it, with the weights that it had when it was first to write."
@@ -274,9 +280,7 @@ class HeldModel:
     @cached_property
     def writer(self) -> object:
         "vLLM with the model's weights, loaded when it is first needed; it takes half of the memory that is free."
-        if self.model.device.index or len({*getattr(self.model, "hf_device_map", {}).values()}) > 1:
-            raise BadInput("--backend vllm takes the first device alone: expected the model there; set "
-                           "CUDA_VISIBLE_DEVICES, or take the backend transformers.")
+        check_for_vllm(self.model)
         vllm, dtype = imported_vllm(), str(next(self.model.parameters()).dtype).removeprefix("torch.")
         self.model.save_pretrained(self.folder)
         free, whole = memory_of(self.model.device)

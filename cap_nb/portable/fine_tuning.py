@@ -264,7 +264,10 @@ REPORT = "recovery_report.json" # Name of the report in a saved folder
 
 def check_new_training(out: Path) -> None:
     "As `check_new_folder`; the state of a training that was killed when its folder was whole is removed."
-    if (out/REPORT).is_file(): remove(out.with_name(f"{out.name}.unfinished")/STATE)
+    working = out.with_name(f"{out.name}.unfinished")
+    if (out/REPORT).is_file() and (working/STATE).exists():
+        remove(working/STATE)
+        if not any(working.iterdir()): working.rmdir()
     check_new_folder(out)
 
 def recover_into(out: str | Path, model: nn.Module, tokenizer: object, calibration: Calibration,

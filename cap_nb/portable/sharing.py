@@ -264,7 +264,7 @@ def measured_section(record: dict, mask: str, run: Run, name: str) -> str:
     same = "exactly the zeros of this folder (the weights that stay were not compared)"
     other = "the same sparsity by the same method, but not to exactly these zeros: another calibration set or machine"
     masks = [theirs for report, theirs in run.reports if is_of(record, report.method, report.asked)]
-    trained = " This folder was trained afterwards, the run's model was not." if "fine-tuning" in record else ""
+    trained = " This folder was trained afterwards; the run's model was not." if "fine-tuning" in record else ""
     return f"## Measured\n\nThe run pruned to {same if mask in masks else other}.{trained}\n\n{table.rstrip()}"
 
 # %% ../../nbs/portable/04_sharing.ipynb #7f899258
