@@ -20,11 +20,13 @@ import torch
 import torch.nn.utils.prune
 from fixtures import refuses, tiny_config, tiny_llama, with_settings
 from hub import arc_rows, gsm8k_rows, save_llama
+from programs import assert_one_sentence, called
 from safetensors.torch import load_file, save_file
 
+from cap_nb import single_steps
 from cap_nb.calibration import calibration_set, overlap
 from cap_nb.core import files
-from cap_nb.core.errors import BadInput
+from cap_nb.core.errors import BadInput, lacks_memory
 from cap_nb.core.files import check_new_folder, read_checked, whole_folder, write_checked
 from cap_nb.data import prompts
 from cap_nb.data.problems import load_problems, read_arc
@@ -619,6 +621,33 @@ def test_half_a_launch_is_refused(monkeypatch):
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     refuses("WORLD_SIZE is 2 and MASTER_ADDR is not set", launched_processes)
+
+
+@pytest.mark.parametrize("words, sentence", [
+    ("eval --model lab --device cpu", "This command was started as 2 processes: expected one"),
+    ("score --model lab --dtype fastest --out new", "--dtype fastest was given to several processes: expected one dtype for all"),
+    ("score --model lab --device auto --out new", "--device auto was given to several processes of one machine: expected one")])
+def test_a_launch_is_refused_what_each_process_would_do_for_itself(words, sentence, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name, value in dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500").items():
+        monkeypatch.setenv(name, value)
+    assert_one_sentence(called(*words.split()), sentence)
+    assert not list(tmp_path.iterdir())
+
+
+def test_hessians_go_on_after_a_kill_in_the_first_layer(monkeypatch, tmp_path):
+    """All that is left is half a file; anything else is somebody's."""
+    monkeypatch.setattr(single_steps, "load_checked", lambda job: pytest.fail("begun"))
+    (tmp_path / ".layer-00000.safetensors.123.part").touch()
+    with pytest.raises(pytest.fail.Exception, match="begun"):
+        single_steps.hessians_into(Job(), tmp_path)
+    (tmp_path / "notes.txt").touch()
+    refuses("is not an empty folder", single_steps.hessians_into, Job(), tmp_path)
+
+
+def test_a_full_card_is_no_bug_and_timed_is_no_card():
+    assert lacks_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert_one_sentence(called("plan", "--model", "lab", "--accelerator", "timed"), "--accelerator timed names no device")
 
 
 def test_a_plan_refuses_tokens_without_an_embedding(place):
