@@ -124,7 +124,7 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
         else:
             table = scored_table(model, calibration, replace(asked, share=share))
             if not share.rank: save_beside(save_losses, table, out)
-        if not (store or share.rank): # renamed first: a process that comes to help finds all of it or nothing
+        if not (store or share.rank): # renamed first: who comes to help finds all of it or nothing
             remove(working.rename(working.with_name(f".{working.name}.{os.getpid()}.part")))
     if share.rank: return ""
     if budget is not None:

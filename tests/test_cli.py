@@ -135,7 +135,8 @@ def test_eval_warns_of_problems_that_were_calibrated_on(caplog):
                                 (changed(Job(), accuracy_tasks=("gsm8k_fresh",)), seen, True),
                                 (changed(Job(), accuracy_tasks=("gsm8k_fresh",)), {"calibration": seen["calibration"] | {"spare": ["gsm8k_fresh"]}}, False),
                                 (changed(Job(), evaluate_on="validation"), {"fine-tuning": {"trained on": seen["calibration"]}}, True),
-                                (changed(Job(), evaluate_on="validation"), {"method": "magnitude", "before": {"fine-tuning": {"before": {"trained on": seen["calibration"]}}}}, True)):
+                                (changed(Job(), evaluate_on="validation"), {"method": "magnitude", "before": {"fine-tuning": {"before": {"trained on": seen["calibration"]}}}}, True),
+                                (changed(Job(), evaluate_on="validation"), {"calibration": None, "scores": seen["calibration"]}, True)):  # CAP, from a table
         caplog.clear()
         warn_of_seen(job, pruned)
         assert bool(caplog.records) == warned, (job, pruned)
