@@ -542,8 +542,9 @@ def score_command(
     from cap_nb.single_steps import score_into
     return score_into(job, out, heads_at_once, store, budget, join)
 
-IN_MEMORY = ("tasks", "data_dir", "style", "n", "calibration_tokens", "k", "seed", "calibrate_on", "chain_rule",
-             "text_share", "calibration_text", "text_tokens", "spare", "batch_tokens") # Not read with --stream
+# Not read where --stream measures nothing
+MEASURING = ("tasks", "data_dir", "style", "n", "calibration_tokens", "k", "seed", "calibrate_on", "chain_rule",
+             "text_share", "calibration_text", "text_tokens", "spare", "batch_tokens")
 
 @command(STEPS, "model", "calibrate", "aggregation", "score_target", without=("calibration_seed",),
          settings=SinglePruning)
@@ -564,11 +565,11 @@ def prune_command(
         typer.echo(recipe_plan(job, settings))
         lines, answers = recipe_into(job, settings, RECIPES[recipe].tuning, out)
         return "\n".join([*lines, "", table_text(answers)])
-    if settings.stream and (given := given_in(context, IN_MEMORY)):
+    job, settings, why = with_method(job, settings, bool(given_in(context, ("text_share", "calibrate_on"))))
+    from cap_nb.single_steps import prune_into, walks_from_disk
+    if settings.stream and (given := given_in(context, MEASURING)) and not walks_from_disk(settings):
         raise BadInput(f"{option_of(given[0])} was given with --stream: expected none, since nothing is measured; give "
                        "it to 'cap hessians' or 'cap score', or leave it out.")
-    job, settings, why = with_method(job, settings, bool(given_in(context, ("text_share", "calibrate_on"))))
-    from cap_nb.single_steps import prune_into
     report = prune_into(job, settings, out)
     said = (f"{out}: {settings.method} set {report.zeros:,} of {report.weights:,} weights in scope of "
             f"{job.model.name} to zero ({report.reached:.4%}, {settings.sparsity:.4%} asked).\nThe zeros are "

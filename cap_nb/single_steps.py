@@ -41,6 +41,7 @@ from .jobs.settings import (
     PruneSettings, read_rule, Shrinking, SinglePruning)
 from .methods.criteria import CRITERIA, Inputs
 from .methods.layer_walk import check_started_once, device_of_process, joined, launched_processes
+from .methods.layers_on_disk import check_walked, prune_layers
 from .methods.neurons import UNIT_AWARE
 from .methods.prune import (
     by_masked_heads, check_fits, check_method, highest_sparsity, MethodName, needs_of, own_scope, prune_with,
@@ -48,12 +49,13 @@ from .methods.prune import (
 from .methods.resumed_scoring import check_target, help_scoring, Request, save_losses, scored_table
 from .methods.screening import read_scores, save_partial, screen_heads
 from .methods.selection import check_pattern
-from cap_nb.methods.streaming import (
-    check_streamed, checkpoint_fingerprint, file_note, layer_file, load_norms, prune_checkpoint, save_hessians,
-    solve_checkpoint)
+from .methods.streaming import (
+    check_streamed, checkpoint_fingerprint, file_note, layer_file, load_norms, open_checkpoint, prune_checkpoint,
+    save_hessians, solve_checkpoint)
 from .models.checks import warn_of_zeros, zeros_of
 from .models.loading import (
-    check_all_here, fingerprint_differences, load_model, model_fingerprint, save_model, tokenizer_fingerprint)
+    check_all_here, fingerprint_differences, load_model, load_tokenizer, model_fingerprint, save_model,
+    tokenizer_fingerprint)
 from .portable.fine_tuning import check_new_training, recover_into, Recovery
 from .portable.sharing import (
     base_record, calibration_record, KEY, made_and_noted, note_on_model, pruning_record, scores_record, write_card)
@@ -196,11 +198,14 @@ def record_of(job: Job, pruning: SinglePruning, report: PruneReport, base: dict,
     plugins = {"plugins": additions_noted()} if additions_noted() else {}
     return pruning_record(report, base, pruning.ties, calibration, scores) | plugins
 
+def calibration_as_asked(job: Job, tokenizer: object, calibration: Calibration) -> dict:
+    return calibration_record(calibration) | targets_configuration(filled_in(job, tokenizer), calibration)
+
 def base_and_calibration(job: Job, loaded: tuple, calibration: Calibration | None) -> tuple[dict, dict | None]:
     model, tokenizer, fingerprint = loaded
     base = base_record(job.model.name, fingerprint, getattr(model.config, "_commit_hash", None))
     if calibration is None: return base, None
-    return base, calibration_record(calibration) | targets_configuration(filled_in(job, tokenizer), calibration)
+    return base, calibration_as_asked(job, tokenizer, calibration)
 
 def is_calibrated(parts: MethodName, scores: Path | None) -> bool:
     "Whether a method's calibration set is measured on when it prunes."
@@ -238,13 +243,25 @@ def prune_in_memory(job: Job, pruning: SinglePruning, out: Path, working: Path) 
     return report
 
 # %% ../nbs/single_steps.ipynb #d07c9ca0
+def walks_from_disk(pruning: SinglePruning) -> bool:
+    "Whether a method that is streamed measures on the way: it needs a calibration set, and nothing measured was given."
+    given = pruning.norms is not None or pruning.hessians is not None
+    return not given and "calibration" in needs_of(check_method(pruning.method))
+
 def check_streaming(job: Job, pruning: SinglePruning) -> None:
     if not Path(job.model.name).is_dir():
         raise BadInput(f"--stream was given with --model {job.model.name}: expected a folder that holds a checkpoint; "
                        "save the model there first, or leave --stream out.")
-    if job.model.dtype or job.model.device:
-        raise BadInput("--stream was given with --dtype or --device: expected neither, since nothing is loaded and the "
-                       "weights keep their dtype; leave them out.")
+    if job.model.dtype:
+        raise BadInput("--stream was given with --dtype: expected none, since weights keep theirs; leave it out.")
+    if walks_from_disk(pruning):
+        if job.model.device == "auto":
+            raise BadInput("--stream was given with --device auto: expected one device, since one layer is held at a "
+                           "time; name it, or leave --device out.")
+        check_walked(pruning.method, pruning.sparsity)
+        return
+    if job.model.device:
+        raise BadInput("--stream was given with --device: expected none, since nothing is measured; leave it out.")
     for name in ("calibrate_on", "text_share", "calibration_tokens"):
         if getattr(job.calibrate, name) != getattr(CalibrateSettings, name):
             raise BadInput(f"{option_of(name)} was given with --stream: expected none, since nothing is measured; give "
@@ -255,28 +272,36 @@ def check_streaming(job: Job, pruning: SinglePruning) -> None:
     with_hessians = pruning.hessians is not None
     check_streamed(pruning.method, pruning.sparsity, "exact" if with_hessians else pruning.ties, with_hessians)
 
-def prune_on_disk(job: Job, pruning: SinglePruning, out: Path) -> PruneReport: # What was done
-    "Prune a folder's checkpoint without loading it."
+def measured_elsewhere(pruning: SinglePruning) -> dict | None:
+    "What given norms or Hessians were measured on; a file that holds none raises `BadInput`."
+    criterion = CRITERIA.get(check_method(pruning.method).base)
+    if pruning.norms is not None and criterion and "norm" in criterion.needs: return load_norms(pruning.norms)[1]
+    if pruning.hessians is None: return None
+    note = file_note(layer_file(pruning.hessians, 0))
+    return {"fingerprint": note["calibration"], "sequences": note["sequences"]}
+
+def prune_on_disk(job: Job, pruning: SinglePruning, out: Path, working: Path) -> PruneReport: # What was done
+    "Prune a folder's checkpoint without loading it whole; finished layers are kept in the working folder meanwhile."
     check_streaming(job, pruning)
     if pruning.scores is not None: read_scores(pruning.scores, "mean") # what is wrong is told before all is hashed
-    criterion = CRITERIA.get(check_method(pruning.method).base)
-    if pruning.norms is not None and criterion and "norm" in criterion.needs: load_norms(pruning.norms)
-    if pruning.hessians is not None: file_note(layer_file(pruning.hessians, 0))
-    source, fingerprint = job.model.name, checkpoint_fingerprint(job.model.name)
+    source, calibration, measured_on = job.model.name, None, measured_elsewhere(pruning)
+    if walks_from_disk(pruning):
+        check_windows_fit(job, open_checkpoint(source).model)
+        tokenizer = load_tokenizer(source)
+        calibration = job_calibration(job, tokenizer)
+        measured_on = calibration_as_asked(job, tokenizer, calibration)
+    fingerprint = checkpoint_fingerprint(source)
     factors, base = factors_from(pruning, fingerprint, job.prune), base_record(source, fingerprint)
+    given = Inputs(factors=factors, calibration=calibration, ties=pruning.ties, batch_tokens=job.model.batch_tokens,
+                   seed=job.calibrate.seed, unfinished=working/"layers")
     def make(new: Path) -> PruneReport:
+        method, sparsity = pruning.method, pruning.sparsity
+        if calibration is not None:
+            return prune_layers(source, new, method, sparsity, given, job.model.device, fingerprint)
         if pruning.hessians is not None:
-            return solve_checkpoint(
-                source, new, pruning.sparsity, pruning.hessians, pruning.method, factors, fingerprint)
-        return prune_checkpoint(source, new, pruning.sparsity, factors, pruning.method, pruning.norms, pruning.ties)
-    def record(report: PruneReport) -> dict:
-        measured_on = None
-        if pruning.norms is not None: measured_on = load_norms(pruning.norms)[1]
-        elif pruning.hessians is not None:
-            note = file_note(layer_file(pruning.hessians, 0))
-            measured_on = {"fingerprint": note["calibration"], "sequences": note["sequences"]}
-        return record_of(job, pruning, report, base, measured_on)
-    return made_and_noted(out, make, record)
+            return solve_checkpoint(source, new, sparsity, pruning.hessians, method, factors, fingerprint)
+        return prune_checkpoint(source, new, sparsity, factors, method, pruning.norms, pruning.ties)
+    return made_and_noted(out, make, lambda report: record_of(job, pruning, report, base, measured_on))
 
 # %% ../nbs/single_steps.ipynb #7023f6d3
 @contextmanager
@@ -295,7 +320,8 @@ def sentence_of_stop(pruning: SinglePruning) -> str:
     if pruning.scores is None and parts.attribution in (*READINGS, *UNIT_AWARE): kept.append("losses with heads masked")
     if parts.allocation == "kl": kept.append("measured budgets")
     if solves(parts): kept.append("finished layers")
-    if pruning.stream or not kept: return NOTHING_KEPT
+    if pruning.stream: kept = kept[-1:] if solves(parts) and walks_from_disk(pruning) else []
+    if not kept: return NOTHING_KEPT
     return f"Stopped. Kept: {' and '.join(kept)}; the same command goes on from there, and does all else again."
 
 def check_target_kept(target: str, scores: Path | None) -> None:
@@ -334,7 +360,7 @@ def prune_into(job: Job, pruning: SinglePruning, out: Path, says: str | None = N
     check_job(changed(job, methods=(pruning.method,), sparsities=(pruning.sparsity,)))
     check_pruning(job, pruning)
     with stop_says(says or sentence_of_stop(pruning)), working_folder(out) as working:
-        return prune_on_disk(job, pruning, out) if pruning.stream else prune_in_memory(job, pruning, out, working)
+        return (prune_on_disk if pruning.stream else prune_in_memory)(job, pruning, out, working)
 
 def hessians_into(job: Job, out: Path) -> None:
     "Measure the Hessians of a dense model's inputs; the same call goes on after a kill."

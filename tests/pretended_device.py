@@ -17,6 +17,7 @@ from accelerate import dispatch_model
 from conftest import ROOT
 from fixtures import made_up_calibration, tiny_config, tiny_llama
 from programs import FEW, output_of
+from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, MixtralConfig
 
@@ -29,8 +30,10 @@ from cap_nb.jobs.chains import Answering, own_chains
 from cap_nb.jobs.settings import FineTuning, SpeedSettings
 from cap_nb.methods import resumed_scoring
 from cap_nb.methods.attributions import GateFit
+from cap_nb.methods.criteria import Inputs
 from cap_nb.methods.experts import expert_losses, routed_losses
 from cap_nb.methods.explainable_masks import MaskFit
+from cap_nb.methods.layers_on_disk import prune_layers
 from cap_nb.methods.neurons import neuron_estimates
 from cap_nb.methods.prune import prune, sparsities_of, table_methods
 from cap_nb.methods.resumed_scoring import load_losses, score_heads
@@ -170,6 +173,12 @@ def streamed(model, tokenizer, device, folder):
     return solve_checkpoint(folder / "dense", folder / "pruned", 0.5, folder / "hessians")
 
 
+def layers_from_disk(model, tokenizer, device, folder):
+    save_model(model, tokenizer, folder / "dense")
+    report = prune_layers(folder / "dense", folder / "pruned", "wanda^block", 0.5, Inputs(calibration=EXAMPLES), device)
+    return report, load_file(folder / "pruned" / "model.safetensors")
+
+
 def exported(model, tokenizer, device, folder):
     save_model(model, tokenizer, folder / "pruned")
     return [(file.name, file.sha256) for file in export_folder(folder / "pruned", folder / "packed").files]
@@ -209,6 +218,7 @@ WORK = {  # kind of work -> how many times the whole model is read for a fingerp
     "recover": (2, pruned_and(trained)),
     "shrink": (0, smaller),
     "Hessians for streaming": (3, streamed),
+    "layers from disk": (3, layers_from_disk),
     "export": (1, pruned_and(exported)),
     "bench": (5, pruned_and(benched)),
 }
@@ -264,7 +274,7 @@ def test_a_head_may_lie_with_the_embeddings():
 
 
 BACKWARD = ("screening", "neurons", "prune: gradient", "recover")
-ELSEWHERE = ("experts", "bench")  # these make a model of their own, on one device
+ELSEWHERE = ("experts", "bench", "layers from disk")  # these make a model of their own, on one device
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ def test_every_way_of_pruning_leaves_the_key(place, tmp_path):
     disk = ("--model", dense, "--stream")
     ways = {
         "wanda": FEW, "magnitude": disk, "cap": (*disk, "--scores", tmp_path / "S"), "cap@row": ("--scores", tmp_path / "S", *FEW),
-        "wanda@2:4": (*disk, "--norms", tmp_path / "norms"), "sparsegpt": (*disk, "--hessians", tmp_path / "H")}
+        "wanda@2:4": (*disk, "--norms", tmp_path / "norms"), "sparsegpt": (*disk, "--hessians", tmp_path / "H"), "wanda^swaps": (*disk, *FEW)}
     found = {}
     for number, (method, options) in enumerate(ways.items()):
         done("prune", "--method", method, "--sparsity", "0.5", *options, "--out", tmp_path / f"{number}")
@@ -70,12 +70,13 @@ def test_every_way_of_pruning_leaves_the_key(place, tmp_path):
     scores = json.loads(json.dumps(sharing.scores_record(losses, "paper") | {"key_value": "mean"}))
     about = {"budget": 0.5, "seed": 3}
     in_part = sharing.scores_record(replace(losses, meta=losses.meta | {"screened": about}), "mean")
+    assert found["wanda^swaps"]["calibration"] == found["wanda"]["calibration"]
     assert in_part["screened"] == about and "budget" not in in_part
     assert found["cap"]["scores"] == found["cap@row"]["scores"] == scores and scores["examples"]["lab-arc"] == 128
     assert found["wanda"]["calibration"]["examples"] == {"lab-arc": 2} and found["wanda"]["calibration"]["seed"] == 0
     assert found["wanda"]["calibration"]["fingerprint"] == found["sparsegpt"]["calibration"]["fingerprint"] != scores["fingerprint"]
     assert found["wanda@2:4"]["calibration"] == {"examples": 3} and found["sparsegpt"]["calibration"]["sequences"] == 2
-    assert [found[method].get("scope") for method in ways] == ["row", "model", "model", "row", "2:4", None]
+    assert [found[method].get("scope") for method in ways] == ["row", "model", "model", "row", "2:4", None, "row"]
     assert [("calibration" in found[method], "scores" in found[method]) for method in ("magnitude", "cap")] == [(False, False), (False, True)]
 
 

@@ -48,8 +48,9 @@ def test_a_recipe_stopped_while_it_prunes_says_that_what_is_finished_is_kept(mon
     assert called("prune", "--recipe", "hour", "--device", "cpu", "--tasks", "lab-arc", "--out", tmp_path / "new").stderr.endswith(f"cap: {STOPPED}\n")
 
 
-def test_on_disk_nothing_is_kept():
-    assert steps.sentence_of_stop(SinglePruning(method="alps", stream=True)) == NOTHING_KEPT
+def test_on_disk_only_layers_that_were_walked_through_are_kept(tmp_path):
+    assert steps.sentence_of_stop(SinglePruning(method="alps", stream=True, hessians=tmp_path)) == NOTHING_KEPT
+    assert steps.sentence_of_stop(SinglePruning(method="cap^block", stream=True, scores=tmp_path)).startswith("Stopped. Kept: finished layers;")
 
 
 def test_what_resumes_says_so():

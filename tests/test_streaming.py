@@ -15,17 +15,21 @@ from fixtures import contents as files_of, linked, made_up_calibration, refuses,
 from programs import finished
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from cap_nb.methods.criteria import CRITERIA, dense_norms
-from cap_nb.models.anatomy import projections
+from cap_nb.methods.criteria import CRITERIA, dense_norms, Inputs
+from cap_nb.models.anatomy import anatomy, decoder_layers, projections
+from cap_nb.models.loading import in_memory
 from cap_nb.core.errors import BadInput
 from cap_nb.core.devices import memory_taken
 from cap_nb.regions import Factors, region_factors
-from cap_nb.methods import streaming
-from cap_nb.methods.prune import check_method, prune
+from cap_nb.methods import layers_on_disk, streaming
+from cap_nb.methods.layers_on_disk import model_on_disk, prune_layers
+from cap_nb.methods.prune import check_method, prune, prune_with
 from cap_nb.methods.streaming import layer_file, measurements_for, open_hessians, save_hessians, solve_checkpoint, solved_weight
 from cap_nb.methods.sparsegpt import MadeOnce
 from cap_nb.methods.streaming import checkpoint_fingerprint, load_norms, open_checkpoint, prune_checkpoint, save_norms, write_rows
 from cap_nb.methods.selection import CAP, Measurements, scores_of, zero_within
+from cap_nb.methods.update import joint_update
+from cap_nb.methods.wanda import input_norms
 from cap_nb.threshold import prune_report
 from proofs import TINY_MODELS, tiny_calibration, tiny_model
 
@@ -399,3 +403,63 @@ def test_hessians_of_another_model_or_half_a_folder_are_refused(tmp_path):
     layer_file(tmp_path / "G", 1).unlink()
     refuses("holds no Hessians", solve_checkpoint, src, tmp_path / "new", 0.5, tmp_path / "G")
     assert left_behind(tmp_path) == []
+
+
+# A layer at a time
+
+
+def in_memory_and_from_disk(tmp_path, name, method, **given):
+    """The model as pruned in memory, and a report and model as pruned from a folder."""
+    tiny_model(name).save_pretrained(tmp_path / "src", max_shard_size="8KB")
+    model = in_memory(load(tmp_path / "src")) # weights that are mapped from a file lie otherwise, and products round otherwise
+    heads = anatomy(model)
+    inputs = Inputs(calibration=tiny_calibration(), factors=1 + 9 * torch.rand(heads.layers, heads.heads, generator=torch.Generator().manual_seed(0)), **given)
+    return model, prune_with(model, method, 0.5, inputs), prune_layers(tmp_path / "src", tmp_path / "new", method, 0.5, inputs), inputs
+
+
+@pytest.mark.parametrize("name, method", [
+    ("llama", "alps^block"), ("gpt2", "cap^block_apart"), ("mixtral", "wanda"), ("phi3", "wanda@model^update"), ("qwen2_moe", "sparsegpt^block_own"),
+    ("granitemoe", "cap^block"), ("opt", "cap_wanda@row"), ("falcon, full attention, linear bias", "ria"), ("deepseek_v3, one dense layer", "wanda^block"), ("gemma3", "rgs")])
+def test_a_layer_at_a_time_is_pruned_as_in_memory(tmp_path, name, method):
+    """Fused and transposed weights, stacks of experts, learned positions, two rotary embeddings: every parameter and the report."""
+    model, wanted, report, _ = in_memory_and_from_disk(tmp_path, name, method)
+    assert report == wanted and wanted.zeros > 0
+    for (key, pruned), (_, kept) in zip(load(tmp_path / "new").named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(pruned, kept) and pruned.dtype == kept.dtype, key
+
+
+def test_no_more_than_one_layer_is_in_memory(tmp_path, monkeypatch):
+    seen = []
+
+    def counted(step, onwards=False):
+        layers = decoder_layers(models[0])
+        seen.append([index for index, layer in enumerate(layers) if not any(weight.is_meta for weight in layer.parameters())])
+        return input_norms(step, onwards)
+
+    models, src = [], saved(tmp_path / "src")
+    monkeypatch.setattr(layers_on_disk, "model_on_disk", lambda *given: models.append(model_on_disk(*given)) or models[0])
+    monkeypatch.setattr("cap_nb.methods.wanda.input_norms", counted)
+    prune_layers(src, tmp_path / "new", "wanda", 0.5, Inputs(calibration=made_up_calibration(5, shortest=8)))
+    assert seen == [[0], [1], [2]] and all(weight.is_meta for weight in decoder_layers(models[0]).parameters())
+
+
+def test_a_walk_from_disk_that_is_stopped_goes_on(tmp_path, monkeypatch):
+    """Layers that are finished are not solved again; before the end there is no folder, and afterwards it is what it would have been."""
+    src, calls = saved(tmp_path / "src"), []
+
+    def until_third(weight, *rest, **named):
+        calls.append(named["name"])
+        if "layers.2" in named["name"] and len(calls) < 20: raise KeyboardInterrupt
+        return joint_update(weight, *rest, **named)
+
+    monkeypatch.setattr("cap_nb.methods.prune.joint_update", until_third)
+    inputs = Inputs(calibration=made_up_calibration(12, shortest=8), unfinished=tmp_path / "unfinished")
+    with pytest.raises(KeyboardInterrupt):
+        prune_layers(src, tmp_path / "new", "alps", 0.5, inputs, fingerprint=checkpoint_fingerprint(src))
+    assert not (tmp_path / "new").exists() and left_behind(tmp_path) == [] and len(calls) == 15
+    calls[:] = [None] * 20
+    report = prune_layers(src, tmp_path / "new", "alps", 0.5, inputs, fingerprint=checkpoint_fingerprint(src))
+    assert all("layers.2" in name for name in calls[20:]) and len(calls) == 27
+    model = in_memory(load(src))
+    assert prune_with(model, "alps", 0.5, Inputs(calibration=inputs.calibration)) == report
+    same(tmp_path / "new", model, tmp_path)

@@ -115,8 +115,8 @@ COMMANDS = {
         "bools.safetensors", "wrong_heads.safetensors", "nan.safetensors", "k_zero.safetensors", "flipped.safetensors", "scores.safetensors")]
     + [f"{PRUNE} --method cap"],
     "streaming": [f"{PRUNE} --stream --model PLACE/model {options}" for options in (
-        "--method wanda", "--method wanda --norms PLACE/nothing", "--method wanda --norms PLACE/file.txt", "--method wanda --norms PLACE/folder",
-        "--method sparsegpt", "--method sparsegpt --hessians PLACE/nothing", "--method sparsegpt --hessians PLACE/folder", "--method wanda+owl",
+        "--method wanda --dtype float32", "--method wanda --norms PLACE/nothing", "--method wanda --norms PLACE/file.txt", "--method wanda --norms PLACE/folder",
+        "--method sparsegpt --device auto", "--method wanda^block --hessians PLACE/folder", "--method sparsegpt --hessians PLACE/nothing", "--method sparsegpt --hessians PLACE/folder", "--method wanda+owl",
         "--method magnitude --hessians PLACE/folder", "--method magnitude --norms PLACE/file.txt")]
     + [f"{PRUNE} --stream --method magnitude", f"{PRUNE} --stream --model PLACE/folder --method magnitude", f"{PRUNE} --method wanda --norms PLACE/file.txt"],
     "outputs": ["prune --method magnitude --out PLACE/folder", "prune --method magnitude --out PLACE/file.txt", "prune --method magnitude --out PLACE/dangling",

@@ -230,9 +230,9 @@ class SinglePruning:
     scores: Path | None = None # table of losses, made by cap score
     key_value: str = "mean" # importance of a key-value head from its query heads': mean or max
     ties: str = "exact" # scores equal to the threshold: exact prunes as many as asked, all every one
-    stream: bool = False # prune a folder's checkpoint without loading it
-    norms: Path | None = None # with --stream: input norms for wanda and cap_wanda, made by save_norms in Python
-    hessians: Path | None = None # with --stream: Hessians for solvers, recoveries and wanda, made by cap hessians
+    stream: bool = False # prune a folder's checkpoint with one layer in memory, or none where nothing is measured
+    norms: Path | None = None # with --stream: norms of the dense model's inputs, made by save_norms, instead
+    hessians: Path | None = None # with --stream: Hessians of the dense model, made by cap hessians, instead
 
 # %% ../../nbs/jobs/01_settings.ipynb #ee84d30a
 def with_method(job: Job, pruning: SinglePruning, own_text: bool) -> tuple[Job, SinglePruning, str]:
@@ -244,7 +244,7 @@ def with_method(job: Job, pruning: SinglePruning, own_text: bool) -> tuple[Job, 
     method, share = recommended_method(pruning.sparsity)
     where, with_text = "at 50 % and above" if pruning.sparsity >= 0.5 else "below 50 %", ""
     few = job.calibrate.calibration_tokens is None and not round(share * job.calibrate.n) # they hold no window of text
-    if share and not (few or own_text or pruning.stream):
+    if share and not (few or own_text):
         job, with_text = changed(job, text_share=share), f" with --text-share {share:g}"
     return job, replace(pruning, method=method), f"No --method was given: {method}{with_text}, recommended {where}."
 

@@ -195,8 +195,9 @@ def measured_for(model: nn.Module, criterion: Criterion, inputs: Inputs, walking
     needs, data = criterion.needs, (inputs.calibration, inputs.batch_tokens)
     derivative = next((need for need in needs if need in DERIVATIVES), None)
     if walking and "regional_gradient" in criterion.needs: derivative = None
+    device = model.on_disk.device if hasattr(model, "on_disk") else None
     return Measurements(
-        regions=region_factors(model, inputs.factors) if "factor" in needs else {},
+        regions=region_factors(model, inputs.factors, device) if "factor" in needs else {},
         norms=dense_norms(model, *data) if "norm" in needs and not walking else {},
         gradients=MEASURES[derivative](model, *data) if derivative else {},
         order={p.name: index for index, p in enumerate(projections(model))}, seed=inputs.seed)

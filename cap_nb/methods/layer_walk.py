@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/methods/00_layer_walk.ipynb #c004
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from unittest.mock import patch
 import torch
@@ -52,6 +52,10 @@ def advanced(model: nn.Module, state: BatchState, layer: int) -> BatchState:
     "The batch after a layer, run with the model's present weights."
     hidden = run_layer(decoder_layers(model)[layer], state.hidden, state.calls[layer])
     return replace(state, hidden=hidden)
+
+def layer_here(model: nn.Module, index: int, changed: bool) -> AbstractContextManager[None]:
+    "While the block runs, a layer's weights are in memory: they always are, unless the model's layers lie on disk."
+    return model.on_disk.layer(index, changed) if hasattr(model, "on_disk") else nullcontext()
 
 # %% ../../nbs/methods/00_layer_walk.ipynb #c013
 def real_rows(inputs: torch.Tensor, tokens: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
@@ -110,21 +114,22 @@ def layer_by_layer(
     device = next(model.parameters()).device
     tokens = tokens_a_walk(batch_tokens, device.type == "cpu")
     batches = batches_of(calibration.examples, tokens, model)
-    states = [initial_state(model, batch, indices) for indices, batch in batches]
+    with layer_here(model, 0, changed=False): # one token passes it
+        states = [initial_state(model, batch, indices) for indices, batch in batches]
     unpruned, matrices = list(states) if dense else [], projections(model)
     for index, layer in enumerate(tqdm(decoder_layers(model), desc=name, unit="layer")):
         in_layer, last = tuple(p for p in matrices if p.layer == index), index + 1 == len(decoder_layers(model))
         path = kept and kept/f"layer-{index:03d}.safetensors"
-        weights = {p.name: p.stored for p in in_layer} if dense is None else dict(layer.named_parameters())
-        with torch.no_grad(): # before the layer changes
-            after = [] if last else [advanced(model, state, index) for state in unpruned]
-        if not (path and is_intact(path, partial(put_layer, weights=weights))):
-            yield LayerStep(layer=layer, index=index, projections=in_layer, batches=states, dense=unpruned)
-            if path: write_tensors(path, {key: weight.detach() for key, weight in weights.items()}, {})
-        if last: return # nobody reads what the last layer gives
-        unpruned = after
-        for number, state in enumerate(() if still else states):
-            with torch.no_grad(): states[number] = advanced(model, state, index)
+        with layer_here(model, index, changed=not still):
+            weights = {p.name: p.stored for p in in_layer} if dense is None else dict(layer.named_parameters())
+            with torch.no_grad(): # before the layer changes
+                after = [] if last else [advanced(model, state, index) for state in unpruned]
+            if not (path and is_intact(path, partial(put_layer, weights=weights))):
+                yield LayerStep(layer=layer, index=index, projections=in_layer, batches=states, dense=unpruned)
+                if path: write_tensors(path, {key: weight.detach() for key, weight in weights.items()}, {})
+            unpruned = after
+            for number, state in enumerate(() if still or last else states): # nobody reads what the last layer gives
+                with torch.no_grad(): states[number] = advanced(model, state, index)
 
 # %% ../../nbs/methods/00_layer_walk.ipynb #c023
 import logging

@@ -7,7 +7,7 @@ __all__ = ['prune']
 
 # %% ../../nbs/methods/24_prune.ipynb #34fa7bbb
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
@@ -35,7 +35,7 @@ from cap_nb.methods.sparsegpt import (
 from cap_nb.methods.swaps import swapped_mask
 from cap_nb.methods.update import joint_update, updated_weight
 from cap_nb.methods.wanda import regional_gradients, zero_shares_within
-from cap_nb.models.anatomy import projections
+from cap_nb.models.anatomy import Projection, projections
 from cap_nb.models.loading import model_fingerprint
 from cap_nb.regions import as_factors, Factors, region_factors
 from cap_nb.scoring import causal_scores, HeadLosses
@@ -310,15 +310,21 @@ def by_criterion(criterion: Criterion, measurements: Measurements, shares: dict[
         zero_shares_within(step.projections, criterion, measured, shares, scope, ties)
     return solve
 
+Masks = Callable[[Projection], torch.Tensor] # Which weights of a projection go, bool [out, in]
+
 @torch.no_grad()
-def by_dense_masks(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs) -> LayerSolver:
-    "Prune a layer by the zeros of a criterion on the dense model; holds a copy of its weights while these are found."
+def dense_masks(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs) -> Masks:
+    "Where a criterion sets the dense model's weights to zero; holds a copy of the weights meanwhile."
     dense = {p.name: p.weight.detach().clone() for p in projections(model)}
     prune_by(model, parts.base, sparsity, parts.scope, inputs)
     masks = {p.name: p.weight == 0 for p in projections(model)}
     for p in projections(model): p.weight.copy_(dense[p.name])
+    return lambda p: masks[p.name]
+
+def by_masks(mask_of: Masks) -> LayerSolver:
+    "Prune a layer by masks that are known before the walk."
     def solve(step: LayerStep, hessians: Hessians) -> None:
-        for p in step.projections: p.weight.masked_fill_(masks[p.name].to(p.weight.device), 0.0)
+        for p in step.projections: p.weight.masked_fill_(mask_of(p).to(p.weight.device), 0.0)
     return solve
 
 def matrix_solver(base: str, pattern: tuple[int, int] | None) -> MatrixSolver:
@@ -327,7 +333,7 @@ def matrix_solver(base: str, pattern: tuple[int, int] | None) -> MatrixSolver:
     return lambda weight, hessian, share, name, once: update(weight, hessian, share, pattern, name=name, once=once)[0]
 
 def layer_solver(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs,
-                 shares: dict[str, float]) -> LayerSolver:
+                 shares: dict[str, float], masks: Masks | None = None) -> LayerSolver:
     "How a method prunes a layer in the walk with Hessians, before recovery."
     scope = own_scope(parts)
     if parts.base in SOLVERS:
@@ -335,7 +341,7 @@ def layer_solver(model: nn.Module, parts: MethodName, sparsity: float, inputs: I
         if parts.attribution in NEURON_AWARE: solver = weighing(solver, region_factors(model, inputs.factors))
         return by_matrix(solver, shares)
     criterion = CRITERIA[parts.base]
-    if not walks(criterion, scope): return by_dense_masks(model, parts, sparsity, inputs)
+    if not walks(criterion, scope): return by_masks(masks or dense_masks(model, parts, sparsity, inputs))
     return by_criterion(criterion, measured_for(model, criterion, inputs, walking=True), shares, scope, inputs.ties)
 
 # %% ../../nbs/methods/24_prune.ipynb #13c59831
@@ -343,14 +349,16 @@ def solves(parts: MethodName) -> bool:
     "Whether a method takes the walk with Hessians, which keeps finished layers."
     return parts.base in SOLVERS or parts.recovery is not None or with_hessian(parts)
 
-def walk_folder(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs) -> Path | None:
+def walk_folder(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs,
+                fingerprint: str | None = None) -> Path | None:
     "Where the finished layers of a walk through a dense model are kept, by all that their weights follow from."
     if inputs.unfinished is None: return None
     weight, factors = next(model.parameters()), vars(inputs.factors) if inputs.factors else {}
     factors = {name: sha256_of_tensor(value) if isinstance(value, torch.Tensor) else value
                for name, value in factors.items() if name != "kept"}
-    origin = {"model": model_fingerprint(model), "dtype": f"{weight.dtype}", "device": weight.device.type,
-              "calibration": inputs.calibration.fingerprint, "batch_tokens": inputs.batch_tokens,
+    origin = {"model": fingerprint or model_fingerprint(model), "dtype": f"{weight.dtype}",
+              "device": weight.device.type, "calibration": inputs.calibration.fingerprint,
+              "batch_tokens": inputs.batch_tokens,
               "method": f"{parts}", "sparsity": sparsity, "shares": inputs.shares, "seed": inputs.seed,
               "factors": factors, "added": additions_noted(),
               "versions": (__version__, torch.__version__, transformers.__version__)}
@@ -359,32 +367,33 @@ def walk_folder(model: nn.Module, parts: MethodName, sparsity: float, inputs: In
 
 # %% ../../nbs/methods/24_prune.ipynb #b36e6dd9
 @torch.no_grad()
-def prune_with_hessians(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs) -> PruneReport:
+def walk_with_hessians(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs,
+                       masks: Masks | None = None, fingerprint: str | None = None) -> None:
     "Walk through the layers, prune each and recover; too few examples raise `BadInput` before."
     pattern = pattern_of(own_scope(parts))
-    kept, steps = walk_folder(model, parts, sparsity, inputs), recovery_steps(parts.recovery) if parts.recovery else ()
+    kept = walk_folder(model, parts, sparsity, inputs, fingerprint)
+    steps = recovery_steps(parts.recovery) if parts.recovery else ()
     form = FORMS.get(steps[-1]) if steps else None
     if form and len(inputs.calibration.examples) < 2:
         raise BadInput("There is one calibration example: expected two at least, of which block reconstruction keeps "
                        "one back; give more.")
     shares = projection_shares(model, sparsity, inputs, own_scope(parts))
-    solver = layer_solver(model, parts, sparsity, inputs, shares)
+    solver = layer_solver(model, parts, sparsity, inputs, shares, masks)
     if steps: solver = recovering(model, solver, steps, pattern, inputs.seed)
     one_by_one = parts.base in CRITERIA and "regional_gradient" in CRITERIA[parts.base].needs
     tokens = 1 if one_by_one else inputs.batch_tokens
     if form: tokens = min(tokens, training_tokens(sum(len(each.input_ids) for each in inputs.calibration.examples)))
     walks_dense = form and not form.own # None: projections alone change, False: whole layers, True: with dense targets
     solve_layer_by_layer(model, inputs.calibration, shares, solver, tokens, parts.base, kept, walks_dense)
-    return prune_report(model, parts.base, sparsity)
 
 def apply_method(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs) -> PruneReport:
     "Prune a model by the method that a name selects; factors and shares are given."
     if parts.base == "heads": return prune_heads(model, inputs.factors.heads, sparsity)
-    if solves(parts): return prune_with_hessians(model, parts, sparsity, inputs)
-    if parts.base != "dense": return prune_by(model, parts.base, sparsity, parts.scope, inputs)
-    if sparsity:
+    if solves(parts): walk_with_hessians(model, parts, sparsity, inputs)
+    elif parts.base != "dense": return prune_by(model, parts.base, sparsity, parts.scope, inputs)
+    elif sparsity:
         raise BadInput(f"The dense model was asked for at sparsity {sparsity:g}: expected 0; name a pruning method.")
-    return prune_report(model, "dense", sparsity)
+    return prune_report(model, parts.base, sparsity)
 
 # %% ../../nbs/methods/24_prune.ipynb #7f7dd900
 def prune_with(model: nn.Module, method: str, sparsity: float, inputs: Inputs) -> PruneReport:

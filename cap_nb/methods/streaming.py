@@ -48,11 +48,12 @@ class Checkpoint:
     folder: Path # The folder
     model: nn.Module # Its model on the meta device: names and shapes
     shards: tuple[Path, ...] # Its safetensors files
-    held: dict[str, tuple[StoredTensor, ...]] # Parameter of the model -> the tensors that make it up, in order
+    held: dict[str, tuple[StoredTensor, ...]] # Parameter or saved buffer -> the tensors that make it up, in order
 
 def held_in(model: nn.Module, tensors: dict[str, StoredTensor]) -> dict[str, tuple[StoredTensor, ...]]:
-    "The tensors that make up each parameter; one that is missing has no entry."
+    "The tensors that make up each parameter and saved buffer; one that is missing has no entry."
     names, prefix = checkpoint_names(model), f"{model.base_model_prefix}."
+    names |= {name: [(name,)] for name, _ in stored_tensors(model) if name not in names} # buffers that are saved
     in_the_model = {name for ways in names.values() for way in ways for name in way}
     def in_model(name: str) -> str: # a checkpoint of the decoder alone, as GPT-2's on the hub, lacks the prefix
         return prefix + name if prefix + name in in_the_model and name not in in_the_model else name
@@ -173,7 +174,7 @@ def check_streamed(method: str, sparsity: float, ties: str = "exact", with_hessi
     check_pattern(own_scope(parts), check_sparsity(sparsity))
     if parts.recovery and recovery_steps(parts.recovery)[-1] in FORMS:
         raise BadInput(f"Method {method!r} cannot be streamed: expected no {', '.join(FORMS)}, which train a layer on "
-                       "its inputs; load the model and prune it in memory.")
+                       "its inputs; leave --hessians out.")
     solved = parts.base in SOLVERS or parts.recovery is not None
     if solved and not with_hessians:
         raise BadInput(f"Method {method!r} cannot be streamed without Hessians: expected a folder of them, made by "
@@ -401,11 +402,12 @@ def prune_checkpoint(
     return report_of(projections(checkpoint.model), zeros, method, sparsity, *reached)
 
 # %% ../../nbs/methods/25_streaming.ipynb #cebdda4c
-def kept_wide(model: nn.Module, dtype: torch.dtype) -> set[str]:
-    "Parts of the names of parameters that transformers loads in float32 whatever the dtype, as the routers' gates."
-    always, half = (getattr(model, name, None) or () for name in (
+def loaded_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    "The dtype of a tensor that transformers loads as `dtype`: some stay float32 whatever is asked, as routers' gates."
+    always, half = (getattr(model, wide, None) or () for wide in (
         "_keep_in_fp32_modules_strict", "_keep_in_fp32_modules"))
-    return {*always, *(half if dtype == torch.float16 else ())}
+    wide = {*always, *(half if dtype == torch.float16 else ())}
+    return torch.float32 if any(f".{part}." in f".{name}." for part in wide) else dtype
 
 # %% ../../nbs/methods/25_streaming.ipynb #7486614f
 @validate_arguments
@@ -414,19 +416,19 @@ def checkpoint_fingerprint(
 ) -> str: # As in 64-16-16 hexadecimal digits
     "What `model_fingerprint` says of the loaded model, without loading it; a missing parameter raises `BadInput`."
     checkpoint = open_checkpoint(folder)
-    model, tensors = checkpoint.model, checkpoint_tensors(checkpoint.folder)
+    model = checkpoint.model
     digest = hashlib.sha256(model.config.model_type.encode())
     for name, weight in stored_tensors(model):
-        held = checkpoint.held.get(name) or ((tensors[name],) if name in tensors else ())
+        held = checkpoint.held.get(name, ())
         if not held or any(stored.kind not in STORED_DTYPES for stored in held):
             raise BadInput(f"{folder} holds no tensor {name} in float32, bfloat16 or float16: expected every "
                            "stored one; the checkpoint is not whole.")
         shape, kind = held[0].shape if len(held) == 1 else tuple(weight.shape), STORED_DTYPES[held[0].kind]
-        widened = kind != torch.float32 and any(f".{part}." in f".{name}." for part in kept_wide(model, kind))
-        digest.update(f"{name} {torch.float32 if widened else kind} {shape}".encode())
+        loaded = loaded_dtype(model, name, kind)
+        digest.update(f"{name} {loaded} {shape}".encode())
         for stored in held:
             for piece in pieces_of(stored):
-                if widened: piece = torch.frombuffer(bytearray(piece), dtype=kind).float().numpy().tobytes()
+                if loaded != kind: piece = torch.frombuffer(bytearray(piece), dtype=kind).float().numpy().tobytes()
                 digest.update(piece)
     return joined_fingerprint(digest.hexdigest(), model.config, generation_of(checkpoint.folder, model.config))
 
