@@ -8,7 +8,7 @@ import pytest
 import torch
 from matplotlib.colors import Normalize
 
-from cap_nb.core.plots import METHOD_LOOKS, OTHER_LOOKS, save_figure
+from cap_nb.core.plots import METHOD_LOOKS, OTHER_LOOKS, method_looks, save_figure
 from cap_nb.analysis import (
     PAPER_NUMBERS, compare, compare_methods, compare_with_paper, comparison_frame, correct_family, holm, method_table,
     method_title, paper_measure, paper_table, plot_head_importance)
@@ -190,6 +190,7 @@ def test_comparison_with_the_paper_covers_what_both_have():
 
 def test_methods_differ_in_looks():
     assert len({colour for colour, _ in (*METHOD_LOOKS.values(), *OTHER_LOOKS)}) == len(METHOD_LOOKS) + len(OTHER_LOOKS)
+    assert len({*method_looks([f"method {i}" for i in range(50)]).values()}) == len(METHOD_LOOKS) + 50
 
 
 def test_the_heatmap_is_parted_at_zero():
