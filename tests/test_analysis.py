@@ -113,6 +113,13 @@ def test_chance_decides_no_more_often_than_it_may():
     assert not any(comparison.decided for comparison in correct_family(pairs).values())
 
 
+def test_a_family_counts_what_was_tested():
+    same = compare(answers("arc", 30), answers("arc", 30))
+    for tested, said in ((1, "the 1 comparison of these"), (2, "the 2 comparisons of these")):
+        family = dict(enumerate([same] * tested)) | {"without a test": replace(same, p=None)}
+        assert {comparison.family for comparison in correct_family(family, "these").values()} == {said}
+
+
 def test_order_and_mixture_of_records():
     one, other = answers("arc", 30), answers("arc", 20)
     assert compare(one, other) == compare(one, other[::-1])
