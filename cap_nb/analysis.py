@@ -240,7 +240,7 @@ def correct_family(comparisons: Mapping[Key, Comparison], family: str = "this ta
     "Holm's correction over a named family of comparisons; those without a test stay as they are."
     tested = [key for key, comparison in comparisons.items() if comparison.p is not None]
     corrected = dict(zip(tested, holm([comparisons[key].p for key in tested])))
-    name = f"the {len(comparisons)} comparisons of {family}"
+    name = f"the {len(tested)} comparison{'s' * (len(tested) != 1)} of {family}"
     return {key: replace(comparison, holm=corrected.get(key), family=name) for key, comparison in comparisons.items()}
 
 # %% ../nbs/06_analysis.ipynb #c037

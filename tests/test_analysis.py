@@ -8,7 +8,7 @@ import pytest
 import torch
 from matplotlib.colors import Normalize
 
-from cap_nb.core.plots import METHOD_LOOKS, OTHER_LOOKS, save_figure
+from cap_nb.core.plots import METHOD_LOOKS, OTHER_LOOKS, method_looks, save_figure
 from cap_nb.analysis import (
     PAPER_NUMBERS, compare, compare_methods, compare_with_paper, comparison_frame, correct_family, holm, method_table,
     method_title, paper_measure, paper_table, plot_head_importance)
@@ -113,6 +113,13 @@ def test_chance_decides_no_more_often_than_it_may():
     assert not any(comparison.decided for comparison in correct_family(pairs).values())
 
 
+def test_a_family_counts_what_was_tested():
+    same = compare(answers("arc", 30), answers("arc", 30))
+    for tested, said in ((1, "the 1 comparison of these"), (2, "the 2 comparisons of these")):
+        family = dict(enumerate([same] * tested)) | {"without a test": replace(same, p=None)}
+        assert {comparison.family for comparison in correct_family(family, "these").values()} == {said}
+
+
 def test_order_and_mixture_of_records():
     one, other = answers("arc", 30), answers("arc", 20)
     assert compare(one, other) == compare(one, other[::-1])
@@ -190,6 +197,7 @@ def test_comparison_with_the_paper_covers_what_both_have():
 
 def test_methods_differ_in_looks():
     assert len({colour for colour, _ in (*METHOD_LOOKS.values(), *OTHER_LOOKS)}) == len(METHOD_LOOKS) + len(OTHER_LOOKS)
+    assert len({*method_looks([f"method {i}" for i in range(50)]).values()}) == len(METHOD_LOOKS) + 50
 
 
 def test_the_heatmap_is_parted_at_zero():

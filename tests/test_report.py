@@ -57,6 +57,12 @@ def test_pieces_that_a_run_lacks(run):
     assert {"figures/head_importance", "figures/sparsity_curves", "figures/zeros_50"} <= figures_of(run).keys()
 
 
+def test_the_page_names_every_method_but_the_dense_model(run):
+    """A folder may have none: its first method is named as well."""
+    for evaluations in (run.evaluations, tuple(e for e in run.evaluations if e.method != "dense")):
+        assert "<p>What Wanda, Magnitude, CAP did to the model lab: " in report_html(replace(run, evaluations=evaluations), {})
+
+
 def test_settings_become_options(run):
     settings = run.configuration | {"methods": ["wanda"], "sparsities": [0.5], "budget": 0.25}
     evaluation = settings["evaluation"] | {"max_new_tokens": {}, "windows": 0, "on": "validation"}
@@ -82,6 +88,10 @@ def test_the_command_has_the_seed_and_a_word_for_each_folder(run):
     elsewhere = run.configuration | {"calibration": run.configuration["calibration"] | {"tasks": ["gsm8k"]}, "plugins": {"mine": "f" * 64}}
     html = text_of(report_html(replace(run, configuration=elsewhere), {}))
     assert "--data-dir DATA" in html and "--plugin FILE" in html and "RUN: this run's folder; DATA: the folder of benchmark files" in html
+    assert "--model lab " in html and "MODEL" not in html
+    spaced = run.configuration | {"model": run.configuration["model"] | {"name": "Qwen, dequantised from Q4"}}
+    html = text_of(report_html(replace(run, configuration=spaced), {}))
+    assert "cap run --model MODEL --dtype" in html and "MODEL: the folder of the model that is named above" in html and "the model Qwen, dequantised from Q4: " in html
 
 
 def test_another_seed_is_refused_by_its_option(run, tmp_path):

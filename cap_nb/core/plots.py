@@ -27,8 +27,9 @@ OTHER_LOOKS = ( # For methods that are not in the paper
 
 def method_looks(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     "Colours and markers: the paper's methods look the same in every figure, the others differ within each."
-    others = sorted(method for method in methods if method not in METHOD_LOOKS)
-    return METHOD_LOOKS | {method: OTHER_LOOKS[i % len(OTHER_LOOKS)] for i, method in enumerate(others)}
+    others, n = sorted(method for method in methods if method not in METHOD_LOOKS), len(OTHER_LOOKS)
+    return METHOD_LOOKS | {method: (OTHER_LOOKS[i % n][0], OTHER_LOOKS[(i + i // n) % n][1])
+                           for i, method in enumerate(others)}
 
 FIGURE_STYLE = {
     "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110,

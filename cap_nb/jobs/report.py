@@ -96,7 +96,7 @@ def kind_of(method: str) -> str: # One of KINDS, "patterns", or a variant's kind
     parts = parse_method(method)
     if parts.variant: return parts.variant.partition("-")[0]
     if parts.scope and ":" in parts.scope: return "patterns"
-    if parts.recovery or parts.base == "alps": return "solvers"
+    if parts.recovery or parts.base in ("alps", "sparsegpt"): return "solvers"
     if parts.attribution or parts.base == "heads": return "attributions"
     if parts.allocation: return "allocations"
     return "scopes" if parts.scope else "criteria"
@@ -238,7 +238,8 @@ def count_in_words(comparisons: Mapping[tuple[str, str, float, str], Comparison]
 
 # %% ../../nbs/jobs/02_report.ipynb #c041
 PLACES = {"RUN": "this run's folder", "DATA": "the folder of benchmark files, which come from the hub without it",
-          "CHAINS": "the file that cap chains wrote", "FILE": "your own Python file"} # What a command does not know
+          "CHAINS": "the file that cap chains wrote", "FILE": "your own Python file",
+          "MODEL": "the folder of the model that is named above"} # What a command does not know
 
 def unusual_texts(configuration: Mapping) -> dict[str, str | None]: # Setting -> text
     "The texts of a run that are not those that it would have by itself."
@@ -257,6 +258,7 @@ def command_of(configuration: Mapping) -> str: # As in "cap run --model lab --n 
     job = changed(
         job_of(configuration), device=None, **unusual_texts(configuration),
         data_dir="DATA" if fetched else None,
+        name="MODEL" if " " in (name := configuration["model"]["name"]) else name, # with spaces it is no folder
         calibration_seed=data["seed"] if data["seed"] != measured.get("seed", 0) else None,
         accuracy_tasks=None if {*answered} == {*data["tasks"]} else answered,
         calibrate_on="CHAINS" if data.get("on") == "chains" else data.get("on", "gold"))
@@ -297,8 +299,9 @@ def report_sections(run: Run, pictures: Mapping[str, bytes]) -> dict[str, str]: 
 def report_html(run: Run, pictures: Mapping[str, bytes]) -> str: # A page that needs no network
     "A run on one page: equal records give equal bytes."
     name = Path(run.configuration["model"]["name"]).name
-    methods = list(dict.fromkeys(method_title(e.method) for e in run.evaluations))
-    lead = f"What {', '.join(methods[1:]) or 'no method'} did to the model {name}: every number with its 95 % interval."
+    methods = list(dict.fromkeys(method_title(e.method) for e in run.evaluations if e.method != "dense"))
+    lead = (f"What {', '.join(methods) or 'no method'} did to the model {name}: Table 1 and all differences with 95 % "
+            "intervals.")
     sections = "".join(f"<section><h2>{escape(heading)}</h2>\n{html}</section>\n"
                        for heading, html in report_sections(run, pictures).items() if html)
     return PAGE.substitute(title=f"cap run: {escape(name)}", look=LOOK, lead=escape(lead), sections=sections)

@@ -229,18 +229,18 @@ def least_to_most(values: Sequence[float], spelt: str) -> str:
     return " to ".join(ends)
 
 def told_text(comparisons: Mapping[tuple[str, str, float, str], Comparison]) -> str: # Markdown; empty without answers
-    "What compared answers could have told, a sentence for each task."
+    "What compared answers could have shown, a sentence for each task."
     by_task = {}
     for (*_, measure), c in comparisons.items():
         if c.alone is not None: by_task.setdefault(measure, []).append(c)
     lines = []
     for task, those in by_task.items():
         told = [least for c in those if not math.isnan(least := least_told(c.n, c.alone / c.n))]
-        points = f"{least_to_most(told, '.1f')} points" if told else "no difference"
-        few = ", and none where too few do" if told and len(told) < len(those) else ""
+        points = f"a difference of {least_to_most(told, '.1f')} points" if told else "no difference"
+        few = ", and none where too few problems differ" if told and len(told) < len(those) else ""
         lines.append(f"- {task}: {least_to_most([c.n for c in those], ',')} problems, of which one method alone solves "
-                     f"{least_to_most([100 * c.alone / c.n for c in those], '.1f')} %, could have told {points} "
-                     f"apart{few} (about 80 % power at 5 %, before Holm's correction).\n")
+                     f"{least_to_most([100 * c.alone / c.n for c in those], '.1f')} %, could have shown "
+                     f"{points}{few} (about 80 % power at 5 %, before Holm's correction).\n")
     return "".join(lines)
 
 # %% ../../nbs/jobs/07_results.ipynb #fcf05722
@@ -296,7 +296,7 @@ def judged(
     if missing := [key for key in keys if key not in every]:
         first, second, sparsity, measure = missing[0]
         raise BadInput(f"The run lacks {len(missing)} of the plan's {len(keys)} comparisons, as {first} - {second} at "
-                       f"{sparsity:.0%} on {measure}: expected all; finish the run.")
+                       f"{100 * sparsity:g} % on {measure}: expected all; finish the run.")
     return correct_family({key: every[key] for key in keys}, "the plan")
 
 # %% ../../nbs/jobs/07_results.ipynb #8497bc10

@@ -219,7 +219,7 @@ def check_counts(job: Job) -> None:
 
 # %% ../../nbs/jobs/01_settings.ipynb #c032
 def recommended_method(sparsity: float) -> tuple[str, float]: # Name of the method, share of text to calibrate on
-    "What to prune with: a solver and a tenth of text from 50 % on; below, no method beats Wanda by much."
+    "What to prune with: a solver from 50 % on; below, solvers and budgets gain hundredths of a nat on Wanda at most."
     return ("alps", 0.1) if sparsity >= 0.5 else ("wanda", 0.0)
 
 @dataclass(frozen=True)
@@ -307,7 +307,8 @@ class Recipe:
 RECIPES = {
     "best-mask": Recipe(
         about="one mask, and the weights that stay are as they were", method="wanda^swaps",
-        judged="Chosen on validation problems, judged after two draws: nbs/results/07_which_method.ipynb"),
+        judged="Tied on validation problems and taken as the cheaper, by a rule written when first counts were known; "
+               "judged after two draws, exploratory: nbs/results/07_which_method.ipynb"),
     "one-shot": Recipe(about="the weights that stay are solved for", method="alps",
                        judged="Chosen on validation problems, judged on others: nbs/results/07_which_method.ipynb"),
     "hour": Recipe(about="as one-shot, then trained for the dense model's predictions", method="alps",

@@ -357,5 +357,5 @@ def plot_zeros_by_method(
         ax.set_yticks([0, layers - 1])
     for ax in panels.flat[len(reports):]: ax.axis("off")
     figure.colorbar(picture, ax=panels, label="share of zeros")
-    figure.suptitle(f"{reports[0].asked:.0%} asked; projections {', '.join(roles)}", fontsize=9)
+    figure.suptitle(f"{100 * reports[0].asked:g} % asked; projections {', '.join(roles)}", fontsize=9)
     return figure
