@@ -231,8 +231,13 @@ def heads_by_memory(model: nn.Module, state: BatchState, targets: Targets, prefi
     if any(module_of(device) is None for device in devices): return 1
     with ExitStack() as stack:
         taken = {device: stack.enter_context(memory_taken(device)) for device in devices}
-        masked_losses(model, state, targets, 0, (0,), masked_prefix(model, prefix, 0, (0,)))
-    fits = min(int(0.8 * memory_of(device)[0] / max(1, taken[device][0])) for device in devices) # a fifth stays free
+        cache = masked_prefix(model, prefix, 0, (0,))
+        masked_losses(model, state, targets, 0, (0,), cache)
+    own = [t for layer, pair in cache.kept.items() if pair is not prefix.cache.kept[layer] for t in pair] if cache else []
+    def room(device: torch.device) -> int: # a fifth stays free; the prefixes of all heads of a layer are kept together
+        kept = sum(tensor.nbytes for tensor in own if tensor.device == device)
+        return int((0.8 * memory_of(device)[0] - heads * kept) / max(1, taken[device][0] - kept))
+    fits = min(map(room, devices))
     if fits >= heads: return heads
     return 2 ** (max(1, fits).bit_length() - 1) # finished units are found again where a little less is free
 
