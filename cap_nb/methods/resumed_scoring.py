@@ -79,11 +79,10 @@ def token_divergences(model: nn.Module, intact: torch.Tensor, changed: Sequence[
                       rows: int = 256) -> torch.Tensor: # In nats, float32 [m, n]
     "KL at every target, from what the output head reads of the intact model, [n, hidden], and after m changes."
     parts = []
-    for start in range(0, len(intact), rows): # bounds memory: about 3 + m float32 tensors of rows * vocabulary
+    for start in range(0, len(intact), rows): # bounds memory: 6 or 7 float32 tensors of rows * vocabulary
         here = slice(start, start + rows)
-        log_p = head_logits(model, intact[here]).float().log_softmax(-1)
-        log_qs = [head_logits(model, other[here]).float().log_softmax(-1) for other in changed]
-        parts.append(torch.stack([(log_p.exp() * (log_p - log_q)).sum(-1) for log_q in log_qs]))
+        logits = head_logits(model, intact[here])
+        parts.append(torch.stack([divergence_of_logits(logits, head_logits(model, each[here])) for each in changed]))
     return torch.cat(parts, 1)
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c029
@@ -407,7 +406,7 @@ def computed_table(model: nn.Module, calibration: Calibration, request: Request,
             plan.store.folder.mkdir(parents=True, exist_ok=True)
             (plan.store.folder/CLAIMS).touch()
     losses: dict[Unit, torch.Tensor] = {}
-    intact_losses = walk_and_score(model, plan, states, losses)
+    of_batches = walk_and_score(model, plan, states, losses) # intact losses
     while anything_missing(plan, losses):
         walk_and_score(model, plan, prepare_batches(model, calibration, request)[1], losses)
     request.share.wait() # nobody goes on before everybody has all units
@@ -416,8 +415,8 @@ def computed_table(model: nn.Module, calibration: Calibration, request: Request,
     intact = torch.zeros(count, dtype=torch.float64)
     for batch, state in enumerate(states):
         uids, columns = uids_of(plan, state), torch.tensor(state.indices)
-        check_finite_table(intact_losses[batch][None], None, uids)
-        intact[columns] = intact_losses[batch]
+        check_finite_table(of_batches[batch][None], None, uids)
+        intact[columns] = of_batches[batch]
         for layer, groups in enumerate(plan.groups):
             rows, unit = [head for group in groups for head in group], Unit(batch, layer)
             if not rows: continue
