@@ -29,6 +29,7 @@ from cap_nb.calibration import Calibration
 from cap_nb.core.files import locked
 from cap_nb.methods.layer_walk import CLAIMS, losses_key
 from cap_nb.methods.resumed_scoring import OWNER, Request, help_scoring, make_plan, score_heads, shared_prefix
+from cap_nb.methods.screening import screen_heads
 from cap_nb.scoring import HeadLosses, causal_scores, score_heads_naive, score_interval, split_half_reliability
 from tools.benchmarks.processes import free_port
 
@@ -264,6 +265,15 @@ def test_heads_may_be_named_in_any_kind_of_list():
     for heads in ([[0, 1], [2, 3]], ((0, 1), (2, 3))):
         assert torch.equal(score_heads(model, calibration, heads=heads).masked.isnan(), wanted.isnan())
     assert (~wanted.isnan()).any(-1).sum() == 2
+
+
+@pytest.mark.parametrize("score", [score_heads_naive, score_heads, screen_heads])
+def test_an_example_without_a_target_is_named(score):
+    """Also where the first token alone has a label, since nothing predicts it."""
+    for first in (IGNORED, 1):
+        some = [made_up(number, 9) for number in range(9)]
+        some[4] = replace(some[4], labels=(first,) + (IGNORED,) * 8)
+        refuses("Example 4 of own has no target", score, tiny_llama(), Calibration.from_examples(some, k=1))
 
 
 def test_a_different_batch_or_head_count_never_reads_units_of_another(tmp_path):

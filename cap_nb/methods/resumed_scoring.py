@@ -429,12 +429,13 @@ def computed_table(model: nn.Module, calibration: Calibration, request: Request,
 def scored_table(model: nn.Module, calibration: Calibration, request: Request) -> HeadLosses:
     "Read a finished table, or compute it and keep it; goes on where a killed run stopped."
     heads_by_layer(anatomy(model), request) # a bad request is refused before anything is computed
+    tokens = token_counts(calibration) # and so is an example without a target
     fingerprint, store = model_fingerprint(model), request.store
     key = losses_key(model, calibration, request.tokenizer_fingerprint, fingerprint, request.target)
     finished, units = store and Path(store)/f"{key}.safetensors", store and Path(store)/f"{key}-units"
     if finished and is_intact(finished, load_losses):
         return replace(load_losses(finished), k=calibration.k, seed=calibration.seed, stratum=calibration.stratum,
-                       tokens=token_counts(calibration)) # which tables of before lack
+                       tokens=tokens) # which tables of before lack
     with alone_in(units, owner=OWNER) if units and request.share.rank == 0 else nullcontext():
         losses = computed_table(model, calibration, request, units, fingerprint)
         if finished and request.share.rank == 0: save_losses(losses, finished)

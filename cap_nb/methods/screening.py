@@ -27,7 +27,7 @@ from cap_nb.methods.resumed_scoring import (
     write_table)
 from cap_nb.models.anatomy import dimensions
 from cap_nb.models.loading import model_fingerprint
-from cap_nb.scoring import causal_scores, head_losses, HeadLosses
+from cap_nb.scoring import causal_scores, head_losses, HeadLosses, token_counts
 
 # %% ../../nbs/methods/28_screening.ipynb #c010
 @dataclass(frozen=True)
@@ -329,7 +329,7 @@ def screen_heads(
 ) -> PartialLosses: # The table of losses, NaN where nothing was measured, and slopes for all
     "Mask heads where that tells most about factors and ranks, resumably; too small a budget raises `BadInput`."
     task = task_indices(tuple(e.task for e in calibration.examples))
-    first_counts(by_task(task).sum(0), budget) # or refuse it now
+    first_counts(by_task(task).sum(0), budget), token_counts(calibration) # or refuse them now
     check_seed(seed)
     if heads_at_once is not None: check_at_least(heads_at_once, 1, "heads_at_once")
     fingerprint = model_fingerprint(model)
