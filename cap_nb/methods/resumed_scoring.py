@@ -232,9 +232,9 @@ def heads_by_memory(model: nn.Module, state: BatchState, targets: Targets, prefi
         taken = {device: stack.enter_context(memory_taken(device)) for device in devices}
         cache = masked_prefix(model, prefix, 0, (0,))
         masked_losses(model, state, targets, 0, (0,), cache)
-    own = [t for layer, pair in cache.kept.items() if pair is not prefix.cache.kept[layer] for t in pair] if cache else []
+    own = [pair for layer, pair in cache.kept.items() if pair is not prefix.cache.kept[layer]] if cache else []
     def room(device: torch.device) -> int: # a fifth stays free; the prefixes of all heads of a layer are kept together
-        kept = sum(tensor.nbytes for tensor in own if tensor.device == device)
+        kept = sum(tensor.nbytes for pair in own for tensor in pair if tensor.device == device)
         return int((0.8 * memory_of(device)[0] - heads * kept) / max(1, taken[device][0] - kept))
     fits = min(map(room, devices))
     if fits >= heads: return heads
