@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cap_nb.calibration import Calibration
-from fixtures import refuses
+from fixtures import made_up_calibration, refuses, tiny_llama
 from hub import byte_tokenizer
 from cap_nb.core.files import read_checked
 from cap_nb.data.prompts import collate
@@ -250,6 +250,14 @@ def test_a_model_that_a_mask_or_a_replay_would_be_wrong_for_is_refused():
         model = tiny_model(name)
         vars(model.config).update(changed)
         refuses(said, anatomy, model)
+
+
+@pytest.mark.parametrize("work", [score_heads, screen_heads])
+@pytest.mark.parametrize("attention", ["flex_attention", "flash_attention_2"])
+def test_attention_that_takes_no_mask_for_a_position_is_refused(attention, work):
+    model = tiny_llama()
+    model.config._attn_implementation = attention
+    refuses(f"The model asks for {attention}: .* call model.set_attn_implementation", work, model, made_up_calibration(9))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])

@@ -309,14 +309,11 @@ def nothing_made_up(source: str | Path, loaded: tuple[nn.Module, dict]) -> nn.Mo
 
 # %% ../../nbs/models/08_loading.ipynb #c044
 def check_runs(model: nn.Module, folder: Path) -> None:
-    "Raise `BadInput` for stop tokens that are no tokens, and for attention that takes no mask or no new length."
+    "Raise `BadInput` for stop tokens that are no tokens."
     stop = model.generation_config.eos_token_id
     if not all(type(token) is int for token in (stop if isinstance(stop, list) else [] if stop is None else [stop])):
         raise BadInput(f"{folder} says that answers end with token {stop!r}: expected the number of a token, or "
                        "several; mend eos_token_id in generation_config.json.")
-    if (asked := model.config._attn_implementation) not in ("sdpa", "eager"):
-        raise BadInput(f"{folder}/config.json asks for {asked}: expected sdpa or eager, which take a mask for every "
-                       "position, and any length; mend attn_implementation.")
 
 def folder_loader(folder: Path) -> FolderLoader | None:
     return next((LOADERS[file] for file in LOADERS if (folder/file).is_file()), None)
