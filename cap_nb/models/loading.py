@@ -495,8 +495,8 @@ def load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device) -> tu
 @without_bars()
 def load_model(
     name: str | Path, # "lab", "lab-moe", "smollm2", a folder, a GGUF file, or a hub id (owner/name[@commit])
-    dtype: str | torch.dtype | None = None, # "float32", "bfloat16", "float16", "fastest"; None: as stored, GGUF float32
-    device: str | torch.device | None = None, # "cpu", "cuda", "auto" to spread a large model; None: CUDA if present
+    dtype: str | torch.dtype | None = None, # float32, bfloat16, float16, fastest; None: as stored; GGUF, labs float32
+    device: str | torch.device | None = None, # cpu, cuda, auto to spread a large model, not a GGUF; None: CUDA if there
 ) -> tuple[nn.Module, object]: # Model in evaluation mode, and its tokenizer
     "Load a model by name (paper section 4); a name that leads nowhere, or a class without anatomy, raises `BadInput`."
     name, dtype, device = str(name), dtype_named(dtype, device), placed(device)
