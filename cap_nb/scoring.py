@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 from .calibration import Calibration
-from .core.errors import validate_arguments, check_confidence, check_index
+from .core.errors import BadInput, validate_arguments, check_confidence, check_index
 from .data.prompts import IGNORED
 from .models.anatomy import dimensions, output_projection
 from .models.interventions import changed_input
@@ -113,8 +113,13 @@ def batches_of(examples: Sequence[Example], batch_tokens: int,
         yield indices, collate([examples[index] for index in indices], pad_id=0, device=device)
 
 def token_counts(calibration: Calibration) -> torch.Tensor: # int64 [N]
-    "How many target tokens each example has; its first token is predicted by none."
-    return torch.tensor([sum(label != IGNORED for label in e.labels[1:]) for e in calibration.examples])
+    "How many target tokens each example has, its first token being predicted by none; no target raises `BadInput`."
+    counts = [sum(label != IGNORED for label in example.labels[1:]) for example in calibration.examples]
+    for example, count in zip(calibration.examples, counts):
+        if not count:
+            raise BadInput(f"Example {example.uid} of {example.task} has no target: expected a label that counts "
+                           "behind its first token; mend its labels, or leave it out.")
+    return torch.tensor(counts)
 
 def head_losses(model: nn.Module, calibration: Calibration, masked: torch.Tensor, intact: torch.Tensor,
                 batch_tokens: int, fingerprint: str | None = None) -> HeadLosses:
@@ -139,6 +144,7 @@ def score_heads_naive(
 ) -> HeadLosses: # The table of losses
     "The table of losses by the paper's hook loop (equation 1), a whole pass per head; unknown heads raise `BadInput`."
     a, count = anatomy(model), len(calibration.examples)
+    token_counts(calibration) # or refuse one without a target now
     masked = torch.full((a.layers, a.heads, count), math.nan, dtype=torch.float64)
     intact = torch.zeros(count, dtype=torch.float64)
     wanted = heads if heads is not None else [(layer, head) for layer in range(a.layers) for head in range(a.heads)]
@@ -150,7 +156,7 @@ def score_heads_naive(
     return head_losses(model, calibration, masked, intact, batch_tokens)
 
 # %% ../nbs/01_scoring.ipynb #c025
-from cap_nb.core.errors import BadInput, check_at_least, check_choice, check_seed
+from cap_nb.core.errors import check_at_least, check_choice, check_seed
 
 def subset_means(values: torch.Tensor, subset: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     "Mean over the examples of each subset, [..., N] to [..., K]; `weight` says how often each example counts."

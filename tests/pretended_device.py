@@ -5,7 +5,9 @@ device follows, and no other operation of a forward pass does.
 """
 import copy
 import functools
+import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +23,13 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, MixtralConfig
 
+from cap_nb.calibration import Calibration
 from cap_nb.core.devices import device_name, finish, make_current, memory_of, memory_taken
 from cap_nb.core.files import write_checked
 from cap_nb.core.registry import ATTRIBUTIONS
 from cap_nb.evaluation import accuracy, held_out_losses, perplexity
 from cap_nb.data.problems import load_problems
+from cap_nb.data.prompts import IGNORED
 from cap_nb.jobs.chains import Answering, own_chains
 from cap_nb.jobs.settings import FineTuning, SpeedSettings
 from cap_nb.methods import resumed_scoring
@@ -337,6 +341,17 @@ def test_the_device_is_asked_as_cuda_is(monkeypatch):
     monkeypatch.setattr(resumed_scoring, "masked_losses", lambda *given: (at_once.append(len(given[4])), masked(*given))[1])
     score_heads(tiny_llama().to(DEVICE), EXAMPLES)
     assert at_once == [1] + [2] * (len(at_once) - 1), "after the trial pass, two heads at once"
+
+
+def test_the_prefixes_of_all_heads_find_room_too(monkeypatch):
+    """With free memory for five of the parts, of which a head's prefix takes one and its pass another: four prefixes and one pass, not two."""
+    kept, seen, masked = 2 * 2 * (2 * 20 * 6 * 4), [], resumed_scoring.masked_losses  # two layers' keys and values: groups, tokens, size, bytes
+    shared = [replace(e, input_ids=(*range(1, 21), *e.input_ids), labels=(IGNORED,) * 20 + e.labels) for e in EXAMPLES.examples]
+    monkeypatch.setattr(torch.pretend, "max_memory_allocated", lambda *_: (1 << 20) + 2 * kept)
+    monkeypatch.setattr(torch.pretend, "mem_get_info", lambda *_: (math.ceil(5 * kept / 0.8), 1 << 30))
+    monkeypatch.setattr(resumed_scoring, "masked_losses", lambda *given: (seen.append(len(given[4])), masked(*given))[1])
+    score_heads(tiny_llama().to(DEVICE), Calibration.from_examples(shared, k=3))
+    assert set(seen) == {1}
 
 
 def test_only_attention_rounds_otherwise():

@@ -3,7 +3,9 @@ import json
 import math
 import random
 import signal
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -26,8 +28,8 @@ from cap_nb.jobs.job import evaluate, evaluation_data, filled_in, run_job, shown
 from cap_nb.jobs.records import job_of, load_run, pack_run, read_run, unpack_run
 from cap_nb.jobs.results import compare_runs, repeat_run, results_frame
 from cap_nb.jobs.settings import Job, changed
-from cap_nb.models.choices import log_probs, log_probs_naive
-from cap_nb.models.decoding import Decoding, Sampling, answer_is_whole, generate_greedy, generate_naive
+from cap_nb.models.choices import choice_records, log_probs, log_probs_naive
+from cap_nb.models.decoding import Decoding, Sampling, answer_is_whole, generate_greedy, generate_naive, generate_samples
 from cap_nb.models.lab import lab_model, lab_tokenizer
 
 
@@ -55,6 +57,17 @@ def reciting():
     model.model.embed_tokens.weight.data = torch.eye(size)
     model.lm_head.weight.data = torch.eye(size).roll(1, 0)
     return model
+
+
+def test_an_option_without_room_is_not_told_of_tokens_to_write():
+    short, problem = tiny_llama(vocab_size=len(lab_tokenizer()), max_position_embeddings=16), load_problems("lab-arc", "evaluation")[:1]
+    refuses("context of 16: expected them to fit; take a model with a longer context, or leave the problem out", choice_records, short, lab_tokenizer(), problem)
+
+
+def test_vllm_is_not_loaded_where_nothing_is_asked(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))  # without its LLM
+    assert generate_greedy(reciting(), Recited(), [], 4, decoding=Decoding(backend="vllm")) == []
+    assert generate_samples(reciting(), Recited(), [], 4, None, Decoding(backend="vllm", sampling=Sampling(samples=2)), []) == []
 
 
 @pytest.mark.parametrize("budget", [1, 12, 10_000])

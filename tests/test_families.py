@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cap_nb.calibration import Calibration
-from fixtures import refuses
+from fixtures import made_up_calibration, refuses, tiny_llama
 from hub import byte_tokenizer
 from cap_nb.core.files import read_checked
+from cap_nb.core.registry import additions_undone
 from cap_nb.data.prompts import collate
 from cap_nb.methods.resumed_scoring import score_heads, shared_prefix
 from cap_nb.jobs.job import copied_weights, put_back
@@ -29,7 +30,7 @@ from cap_nb.models import anatomy as anatomies
 from cap_nb.models.anatomy import anatomy, expert_counts, projections
 from cap_nb.models.decoding import generate_greedy
 from cap_nb.models.checks import check_anatomy, check_tokens_independent
-from cap_nb.models.families import ATTENTION, FAMILIES, HOLDS, HYBRIDS, Family, under
+from cap_nb.models.families import ATTENTION, FAMILIES, HOLDS, HYBRIDS, Family, add_family, under
 from cap_nb.models.loading import model_fingerprint
 from cap_nb.methods.experts import UnitFactors
 from cap_nb.regions import region_factors
@@ -252,6 +253,14 @@ def test_a_model_that_a_mask_or_a_replay_would_be_wrong_for_is_refused():
         refuses(said, anatomy, model)
 
 
+@pytest.mark.parametrize("work", [score_heads, screen_heads])
+@pytest.mark.parametrize("attention", ["flex_attention", "flash_attention_2"])
+def test_attention_that_takes_no_mask_for_a_position_is_refused(attention, work):
+    model = tiny_llama()
+    model.config._attn_implementation = attention
+    refuses(f"The model asks for {attention}: .* call model.set_attn_implementation", work, model, made_up_calibration(9))
+
+
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_a_mixture_that_would_return_its_balancing_loss_writes_all_the_same(name):
     model, prompts = tiny_model(name), [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
@@ -346,6 +355,18 @@ def test_a_family_of_one_s_own_passes_the_claims(monkeypatch):
     for claim in proofs_of("mpt"):
         if claim != "masking":
             assert proof_error("mpt", claim) <= PROOFS[claim].limit, claim
+
+
+def test_a_family_holds_query_key_and_value_once_each():
+    described = {id(each): each for family in FAMILIES.values() for each in (family, *(family.where_none or ())[1:])}
+    with additions_undone():
+        for number, family in enumerate(described.values()):
+            add_family(f"again-{number}", family)
+    attention, rest = under("a", query="q", key="k", value="v", output="o"), under("m", up="u", down="d")
+    for roles in ({role: path for role, path in attention.items() if role != "key"}, {"query": "q", "output": "o"}, attention | {"query_key_value": "all"},
+                  attention | {"key_value": "kv"}, {"query_latent": "q", "key_value": "kv", "output": "o"}):
+        refuses("query, key and value once each", add_family, "other", Family("a", "b", roles | rest))
+    refuses("cannot name a family: expected letters, digits, - and _, and none of llama, mistral", add_family, "my family", FAMILIES["llama"])
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)

@@ -29,6 +29,7 @@ from cap_nb.core import files
 from cap_nb.core.errors import BadInput, lacks_memory
 from cap_nb.core.files import check_new_folder, read_checked, whole_folder, write_checked
 from cap_nb.data import prompts
+from cap_nb.data.lab_world import MOST
 from cap_nb.data.problems import load_problems, read_arc
 from cap_nb.evaluation import accuracy, evaluation_problems
 from cap_nb.jobs import job as job_module
@@ -40,7 +41,7 @@ from cap_nb.jobs.report import run_folders
 from cap_nb.jobs.settings import EvaluateSettings, Job, SinglePruning, changed, option_of
 from cap_nb.methods.layer_walk import launched_processes
 from cap_nb.methods.prune import prune
-from cap_nb.models import loading
+from cap_nb.models import lab, loading
 from cap_nb.models.loading import load_model, model_fingerprint, save_model
 from cap_nb.single_steps import prune_into, save_beside
 
@@ -565,6 +566,12 @@ def test_a_name_that_nothing_can_take_is_refused_before_the_work(tmp_path, monke
     for name in (".", str(tmp_path)):
         refuses("is the folder that the command runs in", check_new_folder, Path(name))
     refuses("exists already|is a disk of its own", check_new_folder, Path("/proc"))
+
+
+@pytest.mark.parametrize("n", [0, MOST + 1])
+def test_a_number_of_problems_that_cannot_be_is_refused_before_a_training(n, tmp_path, monkeypatch):
+    monkeypatch.setattr(lab, "train", lambda *given: pytest.fail("it was trained"))
+    refuses("n .problems. is", lab.train_lab, tmp_path / "new", 1, n=n)
 
 
 def test_what_is_whole_is_kept_when_its_name_is_taken_meanwhile(tmp_path):

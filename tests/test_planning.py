@@ -33,7 +33,7 @@ from cap_nb.methods.prune import prune
 from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.methods.screening import screen_heads
 from cap_nb.models.decoding import Decoding, generate_greedy
-from cap_nb.models.lab import lab_tokenizer
+from cap_nb.models.lab import LABS, lab_tokenizer
 from cap_nb.models.loading import load_model
 from cap_nb.scoring import score_heads_naive, target_losses
 
@@ -114,6 +114,12 @@ def test_published_models_need_no_network_and_have_their_published_sizes(monkeyp
     for short in ("llama-3-8b", "LLAMA-3-8B-Instruct", "meta-llama-3-8b-instruct"):
         sizes = read_sizes(short)
         assert (sizes.name, sizes.scope, sizes.dtype) == ("meta-llama/Meta-Llama-3-8B-Instruct", 6_979_321_856, "bfloat16") and "published" in sizes.source
+
+
+@pytest.mark.parametrize("name", LABS)
+def test_a_lab_is_planned_as_it_is_loaded(name):
+    """In float32, also where its file holds bfloat16."""
+    assert f"torch.{read_sizes(name).dtype}" == str(load_model(name, device="cpu")[0].dtype)
 
 
 def test_names_that_lead_nowhere_get_a_sentence(tmp_path, monkeypatch):

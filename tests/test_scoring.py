@@ -29,6 +29,7 @@ from cap_nb.calibration import Calibration
 from cap_nb.core.files import locked
 from cap_nb.methods.layer_walk import CLAIMS, losses_key
 from cap_nb.methods.resumed_scoring import OWNER, Request, help_scoring, make_plan, score_heads, shared_prefix
+from cap_nb.methods.screening import PartialLosses, Screening, by_task, first_counts, in_rounds, read_scores, save_partial, screen_heads, share_spent
 from cap_nb.scoring import HeadLosses, causal_scores, score_heads_naive, score_interval, split_half_reliability
 from tools.benchmarks.processes import free_port
 
@@ -264,6 +265,44 @@ def test_heads_may_be_named_in_any_kind_of_list():
     for heads in ([[0, 1], [2, 3]], ((0, 1), (2, 3))):
         assert torch.equal(score_heads(model, calibration, heads=heads).masked.isnan(), wanted.isnan())
     assert (~wanted.isnan()).any(-1).sum() == 2
+
+
+@pytest.mark.parametrize("score", [score_heads_naive, score_heads, screen_heads])
+def test_an_example_without_a_target_is_named(score):
+    """Also where the first token alone has a label, since nothing predicts it."""
+    for first in (IGNORED, 1):
+        some = [made_up(number, 9) for number in range(9)]
+        some[4] = replace(some[4], labels=(first,) + (IGNORED,) * 8)
+        refuses("Example 4 of own has no target", score, tiny_llama(), Calibration.from_examples(some, k=1))
+
+
+def test_a_first_round_of_unequal_tasks_stays_within_the_budget():
+    """A large task's share and two examples of each small one may be more than all: then it is two of each."""
+    task = torch.tensor([0] * 40 + [1] * 2 + [2] * 2)
+    rise, slopes = torch.randn(2, 3, 44, generator=torch.Generator().manual_seed(0)).double(), torch.zeros(2, 3, 44).double()
+    assert first_counts(by_task(task).sum(0), 0.14).tolist() == [2, 2, 2]
+    assert share_spent(~in_rounds(lambda wanted: rise, slopes, task, 0.14, 0).isnan()) <= 0.14
+
+
+@pytest.mark.parametrize("cell, value, why", [((0, 1, 0), torch.inf, "some loss is no finite number"), ((0, 1, slice(3, 6)), torch.nan, "some head was measured on no example of a task")])
+def test_a_table_with_gaps_that_gives_no_scores_is_refused(cell, value, why, tmp_path):
+    table = replace(table_of(torch.ones(2, 2, 6)), task=tuple("aaabbb"), meta={"screened": {"seed": 0}})
+    table.masked[..., 0] = torch.nan  # a gap is no fault
+    save_partial(PartialLosses(table, torch.zeros(2, 2, 6).double()), tmp_path / "x.safetensors")
+    assert read_scores(tmp_path / "x.safetensors", "mean")[1].isfinite().all()
+    table.masked[cell] = value
+    save_partial(PartialLosses(table, torch.zeros(2, 2, 6).double()), tmp_path / "x.safetensors")
+    refuses(f"is not a table of losses .{why}", read_scores, tmp_path / "x.safetensors", "mean")
+
+
+def test_a_trial_pass_is_run_where_several_heads_of_a_layer_are_wanted(monkeypatch):
+    tried, screening = [], Screening(model=tiny_llama(), calibration=with_prefix(0))
+    monkeypatch.setattr("cap_nb.methods.screening.heads_by_memory", lambda *given: tried.append(given) or 1)
+    wanted = torch.tensor([[True, False, False, False], [False, True, False, False], [False] * 4])
+    screening.masked_batch([0, 1], wanted)
+    assert not tried
+    screening.masked_batch([0, 1], wanted | wanted.roll(1, 1))
+    assert len(tried) == 1
 
 
 def test_a_different_batch_or_head_count_never_reads_units_of_another(tmp_path):

@@ -128,7 +128,9 @@ def config_on_hub(name: str) -> object:
 # %% ../../nbs/jobs/04_planning.ipynb #c011
 def read_sizes(name: str) -> Sizes:
     "The sizes of a model by name, from its configuration alone; a name that matches no model raises `BadInput`."
-    if folder := local_folder(name): return sizes_of(config_of(folder), name, "its config.json")
+    if folder := local_folder(name):
+        sizes = sizes_of(config_of(folder), name, "its config.json")
+        return replace(sizes, dtype="float32") if name in LABS else sizes # as labs are loaded
     if Path(name).suffix == ".gguf" and (file := Path(name)).is_file():
         check_gguf_installed()
         with opened_by_transformers(name): config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)

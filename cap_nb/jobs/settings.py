@@ -22,7 +22,7 @@ from ..core.errors import (
 class ModelSettings:
     "Which model, and how it is run."
     name: str = "lab" # lab, lab-moe, smollm2, a folder, or a hub id (owner/name@commit)
-    dtype: str | None = None # float32, bfloat16, float16, or fastest, tried here; as stored if left out
+    dtype: str | None = None # float32, bfloat16, float16, or fastest, tried here; as stored if left out, labs float32
     device: str | None = None # cpu, cuda, cuda:N, or auto to spread a large model; cuda if there is one
     batch_tokens: int = 4096 # tokens a batch, with padding; fewer take less memory
 

@@ -79,11 +79,10 @@ def token_divergences(model: nn.Module, intact: torch.Tensor, changed: Sequence[
                       rows: int = 256) -> torch.Tensor: # In nats, float32 [m, n]
     "KL at every target, from what the output head reads of the intact model, [n, hidden], and after m changes."
     parts = []
-    for start in range(0, len(intact), rows): # bounds memory: about 3 + m float32 tensors of rows * vocabulary
+    for start in range(0, len(intact), rows): # bounds memory: 6 or 7 float32 tensors of rows * vocabulary
         here = slice(start, start + rows)
-        log_p = head_logits(model, intact[here]).float().log_softmax(-1)
-        log_qs = [head_logits(model, other[here]).float().log_softmax(-1) for other in changed]
-        parts.append(torch.stack([(log_p.exp() * (log_p - log_q)).sum(-1) for log_q in log_qs]))
+        logits = head_logits(model, intact[here])
+        parts.append(torch.stack([divergence_of_logits(logits, head_logits(model, each[here])) for each in changed]))
     return torch.cat(parts, 1)
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c029
@@ -231,8 +230,13 @@ def heads_by_memory(model: nn.Module, state: BatchState, targets: Targets, prefi
     if any(module_of(device) is None for device in devices): return 1
     with ExitStack() as stack:
         taken = {device: stack.enter_context(memory_taken(device)) for device in devices}
-        masked_losses(model, state, targets, 0, (0,), masked_prefix(model, prefix, 0, (0,)))
-    fits = min(int(0.8 * memory_of(device)[0] / max(1, taken[device][0])) for device in devices) # a fifth stays free
+        cache = masked_prefix(model, prefix, 0, (0,))
+        masked_losses(model, state, targets, 0, (0,), cache)
+    own = [pair for layer, pair in cache.kept.items() if pair is not prefix.cache.kept[layer]] if cache else []
+    def room(device: torch.device) -> int: # a fifth stays free; the prefixes of all heads of a layer are kept together
+        kept = sum(tensor.nbytes for pair in own for tensor in pair if tensor.device == device)
+        return int((0.8 * memory_of(device)[0] - heads * kept) / max(1, taken[device][0] - kept))
+    fits = min(map(room, devices))
     if fits >= heads: return heads
     return 2 ** (max(1, fits).bit_length() - 1) # finished units are found again where a little less is free
 
@@ -402,7 +406,7 @@ def computed_table(model: nn.Module, calibration: Calibration, request: Request,
             plan.store.folder.mkdir(parents=True, exist_ok=True)
             (plan.store.folder/CLAIMS).touch()
     losses: dict[Unit, torch.Tensor] = {}
-    intact_losses = walk_and_score(model, plan, states, losses)
+    of_batches = walk_and_score(model, plan, states, losses) # intact losses
     while anything_missing(plan, losses):
         walk_and_score(model, plan, prepare_batches(model, calibration, request)[1], losses)
     request.share.wait() # nobody goes on before everybody has all units
@@ -411,8 +415,8 @@ def computed_table(model: nn.Module, calibration: Calibration, request: Request,
     intact = torch.zeros(count, dtype=torch.float64)
     for batch, state in enumerate(states):
         uids, columns = uids_of(plan, state), torch.tensor(state.indices)
-        check_finite_table(intact_losses[batch][None], None, uids)
-        intact[columns] = intact_losses[batch]
+        check_finite_table(of_batches[batch][None], None, uids)
+        intact[columns] = of_batches[batch]
         for layer, groups in enumerate(plan.groups):
             rows, unit = [head for group in groups for head in group], Unit(batch, layer)
             if not rows: continue
@@ -425,12 +429,13 @@ def computed_table(model: nn.Module, calibration: Calibration, request: Request,
 def scored_table(model: nn.Module, calibration: Calibration, request: Request) -> HeadLosses:
     "Read a finished table, or compute it and keep it; goes on where a killed run stopped."
     heads_by_layer(anatomy(model), request) # a bad request is refused before anything is computed
+    tokens = token_counts(calibration) # and so is an example without a target
     fingerprint, store = model_fingerprint(model), request.store
     key = losses_key(model, calibration, request.tokenizer_fingerprint, fingerprint, request.target)
     finished, units = store and Path(store)/f"{key}.safetensors", store and Path(store)/f"{key}-units"
     if finished and is_intact(finished, load_losses):
         return replace(load_losses(finished), k=calibration.k, seed=calibration.seed, stratum=calibration.stratum,
-                       tokens=token_counts(calibration)) # which tables of before lack
+                       tokens=tokens) # which tables of before lack
     with alone_in(units, owner=OWNER) if units and request.share.rank == 0 else nullcontext():
         losses = computed_table(model, calibration, request, units, fingerprint)
         if finished and request.share.rank == 0: save_losses(losses, finished)

@@ -27,7 +27,7 @@ from cap_nb.methods.resumed_scoring import (
     write_table)
 from cap_nb.models.anatomy import dimensions
 from cap_nb.models.loading import model_fingerprint
-from cap_nb.scoring import causal_scores, head_losses, HeadLosses
+from cap_nb.scoring import causal_scores, head_losses, HeadLosses, token_counts
 
 # %% ../../nbs/methods/28_screening.ipynb #c010
 @dataclass(frozen=True)
@@ -37,10 +37,13 @@ class PartialLosses:
     slopes: torch.Tensor # First-order estimate of the rise of the loss, in nats, float64 [L, H, N]
 
     def check_together(self) -> None:
-        "Raise ValueError unless the slopes are those of the table."
+        "Raise ValueError unless the slopes are those of the table, and every head was measured on every task."
+        self.losses.check_together()
         if self.losses.masked.shape != self.slopes.shape or not self.slopes.is_floating_point():
             raise ValueError("a slope for each loss is wanted")
         if "screened" not in self.losses.meta: raise ValueError("what was screened is not said")
+        if not (self.measured.double() @ by_task(task_indices(self.losses.task))).all():
+            raise ValueError("some head was measured on no example of a task")
 
     @property
     def rise(self) -> torch.Tensor:
@@ -133,7 +136,7 @@ ROUNDS, FIRST = 4, 0.6 # Rounds after the first, and the first one's share of th
 def gains(estimate: Estimate, counts: torch.Tensor, block: torch.Tensor, cost: torch.Tensor) -> torch.Tensor: # [M, S]
     "What a block of examples [M, S] would take off, for each layer that is run; -1 where nothing is left to measure."
     share, spread = estimate.sizes / estimate.sizes.sum(), estimate.spread.flatten(0, 1)
-    variance = (share**2 * spread * (1 / counts - 1 / estimate.sizes).clamp_min(0)).sum(-1)
+    variance = replace(estimate, counts=counts.view_as(estimate.counts)).variance.flatten()
     scores = estimate.scores.flatten()
     weights = factor_weights(scores, variance) + rank_weights(scores, variance)
     gain = weights[:, None] * share**2 * spread * (1 / counts - 1 / (counts + block))
@@ -162,7 +165,8 @@ def first_counts(sizes: torch.Tensor, budget: float) -> torch.Tensor: # [S]
         raise BadInput(f"A budget of {budget} gives every head fewer than two examples a task: expected at least "
                        f"{least:.3f} with {int(sizes.sum())} examples; raise --budget or --n.")
     if budget == 1: return sizes
-    return torch.minimum(sizes, (FIRST * budget * sizes).floor().clamp_min(2))
+    first = torch.minimum(sizes, (FIRST * budget * sizes).floor().clamp_min(2))
+    return first if first.sum() <= budget * sizes.sum() else sizes.clamp_max(2) # small tasks may get more than a share
 
 def in_rounds(measure: Callable[[torch.Tensor], torch.Tensor], slopes: torch.Tensor, task: torch.Tensor, budget: float,
               seed: int) -> torch.Tensor: # NaN where nothing was measured, float64 [L, H, N]
@@ -303,7 +307,8 @@ class Screening:
         "Losses of a batch with each of some heads masked; NaN for heads that are not wanted."
         model = self.model
         state, targets = prepare_batch(model, self.calibration, indices, None)
-        together = self.heads_at_once or heads_by_memory(model, state, targets, None)
+        several = (wanted.sum(1) > 1).any() # of a layer: else no trial pass is needed
+        together = self.heads_at_once or (heads_by_memory(model, state, targets, None) if several else 1)
         table = torch.full((*wanted.shape, len(indices)), torch.nan, dtype=torch.float64)
         for layer in range(len(wanted)):
             hidden, kept = intact_step(model, state, targets, layer)
@@ -329,7 +334,7 @@ def screen_heads(
 ) -> PartialLosses: # The table of losses, NaN where nothing was measured, and slopes for all
     "Mask heads where that tells most about factors and ranks, resumably; too small a budget raises `BadInput`."
     task = task_indices(tuple(e.task for e in calibration.examples))
-    first_counts(by_task(task).sum(0), budget) # or refuse it now
+    first_counts(by_task(task).sum(0), budget), token_counts(calibration) # or refuse them now
     check_seed(seed)
     if heads_at_once is not None: check_at_least(heads_at_once, 1, "heads_at_once")
     fingerprint = model_fingerprint(model)
@@ -371,7 +376,7 @@ def load_any(path: str | Path) -> HeadLosses | PartialLosses:
     if "slopes" not in tensors: return load_losses(path)
     with taken_as(path, "a table of losses"):
         losses = table_read(tensors, about)
-        check_table(replace(losses, masked=losses.masked.nan_to_num(0.0)))
+        check_table(replace(losses, masked=losses.masked.masked_fill(losses.masked.isnan(), 0.0)))
         partial = check_fields(PartialLosses(losses, tensors["slopes"]))
         partial.check_together()
         if not partial.slopes.isfinite().all(): raise ValueError("a slope is not finite")

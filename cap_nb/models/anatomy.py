@@ -41,7 +41,7 @@ def dimensions(config: object) -> Anatomy:
 @dataclass(frozen=True)
 class Part:
     "Neighbouring rows of a weight that belong to one head; of an output projection, neighbouring columns."
-    kind: str # query, key or value
+    kind: str # query, key or value; where a check flips rows of a whole layer, latent
     index: int # Index of the query head, or of the key-value head
     start: int # First row
     stop: int # Row after the last
@@ -235,6 +235,10 @@ def check_computes_the_same(model: nn.Module) -> None:
     if both_ways or getattr(config, "is_causal", None) is False:
         raise BadInput("The model attends to later tokens too: expected a causal one, whose loss is that of the next "
                        "token; take another model.")
+    if (attention := getattr(config, "_attn_implementation", None)) not in (None, "sdpa", "eager"):
+        raise BadInput(f"The model asks for {attention}: expected sdpa or eager, which take a mask for every position, "
+                       "and any length; call model.set_attn_implementation('sdpa'), or mend attn_implementation in its "
+                       "config.json.")
     draws = any(("drop" in name or "jitter" in name) and isinstance(share, float) and share > 0
                 for name, share in settings.items())
     if draws and any(module.training for module in model.modules()):

@@ -107,7 +107,8 @@ def check_options_fit(model: torch.nn.Module, tokenizer: object,
                       problems: Sequence[Problem]) -> list[tuple[list[int], list[list[int]]]]:
     "`tokens_of_options` of each problem; one without options, or that does not fit into the context: `BadInput`."
     parts = [tokens_of_options(tokenizer, problem) for problem in problems]
-    for read, options in parts: check_room(model, [read], max(map(len, options)))
+    advice = "take a model with a longer context, or leave the problem out" # nothing is written that could be shorter
+    for read, options in parts: check_room(model, [read], max(map(len, options)), advice)
     return parts
 
 # %% ../../nbs/models/12_choices.ipynb #11afad38

@@ -229,13 +229,14 @@ def write_all(slots: Slots, prompts: Sequence[Sequence[int]], order: Sequence[in
                 yield row, answer
                 slots.leave(slot)
 
-def check_room(model: torch.nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_room(model: torch.nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+               advice: str = "lower max_new_tokens or leave worked examples out") -> None:
     "Raise `BadInput` if the longest prompt and what may follow it exceed the model's context, or one is empty."
     if not all(map(len, prompts)): raise BadInput("A prompt has no token: expected one at least; write some.")
     longest, context = max(map(len, prompts), default=0), context_of(model.config)
     if context is not None and longest + max_new_tokens > context:
         raise BadInput(f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of "
-                       f"{context}: expected them to fit; lower max_new_tokens or leave worked examples out.")
+                       f"{context}: expected them to fit; {advice}.")
 
 def generate_by(model: torch.nn.Module, tokenizer: object, prompts: Sequence[Sequence[int]], max_new_tokens: int,
                 line: re.Pattern | None, decoding: Decoding, choose: Chooser) -> list[Generation]:
@@ -326,6 +327,7 @@ def generate_with_vllm(held: HeldModel, tokenizer: object, prompts: Sequence[Seq
     vllm, stop = imported_vllm(), stop_tokens(held.model, tokenizer)
     check_at_least(max_new_tokens, 1, "max_new_tokens")
     check_room(held.model, prompts, max_new_tokens)
+    if not prompts: return []
     settings = [vllm.SamplingParams(**draw, max_tokens=max_new_tokens, stop_token_ids=list(stop), detokenize=False)
                 for draw in draws]
     asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]

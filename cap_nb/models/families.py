@@ -199,16 +199,16 @@ def add_family(
     "Make a family known for this session; a known model type, or roles that do not fit together, raise `BadInput`."
     if model_type in FAMILIES:
         raise BadInput(f"Model type {model_type!r} is known already: expected a new one; use the family it has.")
-    check_new_name(model_type, "family", (), WORD)
+    check_new_name(model_type, "family", FAMILIES, WORD)
     for function in (family.groups, family.widths): check_takes(function, f"family {model_type!r}", "config")
     named = f"The family of {model_type!r} has roles"
     unknown = sorted(set(family.roles) - set(ALL_ROLES))
     if unknown:
         raise BadInput(f"{named} {', '.join(unknown)}: expected some of {', '.join(ALL_ROLES)}; "
                        "choose the role whose rows are shared out the same way.")
-    fused, separate = "query_key_value" in family.roles, "query" in family.roles
-    if not {"output", "down"} <= set(family.roles) or fused == separate:
-        raise BadInput(f"{named} {', '.join(family.roles)}: expected output, down, and either query, key and value "
-                       "or query_key_value; add what is missing.")
+    held = sorted(kind for role in family.roles if role != "output" for kind in HOLDS.get(role, ()))
+    if not {"output", "down"} <= set(family.roles) or held != ["key", "query", "value"]:
+        raise BadInput(f"{named} {', '.join(family.roles)}: expected output, down, and query, key and value once each, "
+                       "alone or fused; add what is missing, or leave out what is there twice.")
     add("family", model_type, [(FAMILIES, family)], [family.groups, family.widths],
         re.sub(r" at 0x\w+", "", repr(family)))

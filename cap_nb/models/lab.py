@@ -42,7 +42,7 @@ from cap_nb.core.files import (
     alone_in, check_new_folder, read_checksums, read_json, read_tensors, sha256_of_file, taken_as, whole_folder,
     write_json, write_tensors)
 from cap_nb.data.lab_world import (
-    as_drawn, DRAWN, lab_prompt, lab_records, lab_target, lab_text, SPELT, TASKS, world_fingerprint)
+    as_drawn, DRAWN, lab_prompt, lab_records, lab_target, lab_text, MOST, SPELT, TASKS, world_fingerprint)
 
 # %% ../../nbs/models/06_lab.ipynb #f94acf5e
 def tokenizer_corpus() -> Iterator[str]:
@@ -440,6 +440,7 @@ def train_lab(
 ) -> dict[str, Any]: # The training log
     "Train, evaluate and save the lab model, or go on with a stopped training; a folder in use raises `BadInput`."
     steps = kind.recipe.steps if steps is None else check_at_least(steps, 1, "steps")
+    check_at_least(n, 1, "n (problems)", MOST) # not only after the training
     folder, recipe = Path(folder), kind.recipe(steps=steps, seed=seed, **sizes)
     work = Path(work) if work else folder.with_name(folder.name + ".work")
     check_new_folder(folder)

@@ -309,14 +309,11 @@ def nothing_made_up(source: str | Path, loaded: tuple[nn.Module, dict]) -> nn.Mo
 
 # %% ../../nbs/models/08_loading.ipynb #c044
 def check_runs(model: nn.Module, folder: Path) -> None:
-    "Raise `BadInput` for stop tokens that are no tokens, and for attention that takes no mask or no new length."
+    "Raise `BadInput` for stop tokens that are no tokens."
     stop = model.generation_config.eos_token_id
     if not all(type(token) is int for token in (stop if isinstance(stop, list) else [] if stop is None else [stop])):
         raise BadInput(f"{folder} says that answers end with token {stop!r}: expected the number of a token, or "
                        "several; mend eos_token_id in generation_config.json.")
-    if (asked := model.config._attn_implementation) not in ("sdpa", "eager"):
-        raise BadInput(f"{folder}/config.json asks for {asked}: expected sdpa or eager, which take a mask for every "
-                       "position, and any length; mend attn_implementation.")
 
 def folder_loader(folder: Path) -> FolderLoader | None:
     return next((LOADERS[file] for file in LOADERS if (folder/file).is_file()), None)
@@ -498,8 +495,8 @@ def load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device) -> tu
 @without_bars()
 def load_model(
     name: str | Path, # "lab", "lab-moe", "smollm2", a folder, a GGUF file, or a hub id (owner/name[@commit])
-    dtype: str | torch.dtype | None = None, # "float32", "bfloat16", "float16", "fastest"; None: as stored, GGUF float32
-    device: str | torch.device | None = None, # "cpu", "cuda", "auto" to spread a large model; None: CUDA if present
+    dtype: str | torch.dtype | None = None, # float32, bfloat16, float16, fastest; None: as stored; GGUF, labs float32
+    device: str | torch.device | None = None, # cpu, cuda, auto to spread a large model, not a GGUF; None: CUDA if there
 ) -> tuple[nn.Module, object]: # Model in evaluation mode, and its tokenizer
     "Load a model by name (paper section 4); a name that leads nowhere, or a class without anatomy, raises `BadInput`."
     name, dtype, device = str(name), dtype_named(dtype, device), placed(device)
