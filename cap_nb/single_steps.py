@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 import torch
 from torch import nn
 from .calibration import Calibration
 from .core.errors import BadInput, check_at_least
-from .core.files import (
-    alone_in, check_new_folder, HALF_WRITTEN, read_checked, remove, whole_folder, write_checked)
+from cap_nb.core.files import (
+    alone_in, check_disk_room, check_new_folder, HALF_WRITTEN, read_checked, remove, shard_files, whole_folder,
+    write_checked)
 from .core.registry import additions_noted
 from .core.stopping import NOTHING_KEPT, stop_says, STOPPED
 from .data.problems import FRESH
@@ -49,12 +51,12 @@ from .methods.prune import (
 from .methods.resumed_scoring import check_target, help_scoring, Request, save_losses, scored_table
 from .methods.screening import read_scores, save_partial, screen_heads
 from .methods.selection import check_pattern
-from .methods.streaming import (
-    check_streamed, checkpoint_fingerprint, file_note, layer_file, load_norms, open_checkpoint, prune_checkpoint,
-    save_hessians, solve_checkpoint)
+from cap_nb.methods.streaming import (
+    check_streamed, checkpoint_fingerprint, file_note, layer_file, load_norms, prune_checkpoint, save_hessians,
+    solve_checkpoint)
 from .models.checks import warn_of_zeros, zeros_of
 from .models.loading import (
-    check_all_here, fingerprint_differences, load_model, load_tokenizer, model_fingerprint, save_model,
+    check_all_here, config_of, fingerprint_differences, load_model, load_tokenizer, model_fingerprint, save_model,
     tokenizer_fingerprint)
 from .portable.fine_tuning import check_new_training, recover_into, Recovery
 from .portable.sharing import (
@@ -281,15 +283,18 @@ def measured_elsewhere(pruning: SinglePruning) -> dict | None:
     return {"fingerprint": note["calibration"], "sequences": note["sequences"]}
 
 def prune_on_disk(job: Job, pruning: SinglePruning, out: Path, working: Path) -> PruneReport: # What was done
-    "Prune a folder's checkpoint without loading it whole; finished layers are kept in the working folder meanwhile."
+    "Prune a folder's checkpoint without loading it whole; layers that a solver or a recovery has finished are kept."
     check_streaming(job, pruning)
     if pruning.scores is not None: read_scores(pruning.scores, "mean") # what is wrong is told before all is hashed
     source, calibration, measured_on = job.model.name, None, measured_elsewhere(pruning)
     if walks_from_disk(pruning):
-        check_windows_fit(job, open_checkpoint(source).model)
+        check_windows_fit(job, SimpleNamespace(config=config_of(source)))
         tokenizer = load_tokenizer(source)
         calibration = job_calibration(job, tokenizer)
         measured_on = calibration_as_asked(job, tokenizer, calibration)
+        if solves(check_method(pruning.method)):
+            size = sum(shard.stat().st_size for shard in shard_files(Path(source)))
+            check_disk_room(out, 2 * size, "The new checkpoint, with its finished layers until then,")
     fingerprint = checkpoint_fingerprint(source)
     factors, base = factors_from(pruning, fingerprint, job.prune), base_record(source, fingerprint)
     given = Inputs(factors=factors, calibration=calibration, ties=pruning.ties, batch_tokens=job.model.batch_tokens,
@@ -340,7 +345,7 @@ def check_pruning(job: Job, pruning: SinglePruning) -> None:
                        f"as cap or cap.pooled; name one, or leave --scores out.")
     if pruning.stream and parts.attribution not in (None, *READINGS):
         raise BadInput(f"Method {method!r} was given with --stream: expected one whose factors come from --scores, "
-                       "since nothing is loaded; leave --stream out, or take cap.")
+                       "since the whole model is never loaded; leave --stream out, or take cap.")
     how = job.prune.aggregation
     if how != PruneSettings.aggregation and not (takes_table or parts.attribution in UNIT_AWARE):
         raise BadInput(f"--aggregation {how} was given with method {method!r}, which has no losses of subsets: "

@@ -100,7 +100,7 @@ TINY_MODELS: dict[str, tuple[str, dict]] = {  # name of a variant -> its model_t
     "phi": ("phi", GROUPED),
     "phi3": ("phi3", GROUPED),
     "gpt2": ("gpt2", OLD),
-    "gptj": ("gptj", OLD | dict(rotary_dim=2)),
+    "gptj": ("gptj", OLD | dict(rotary_dim=4)),
     "gpt_neox": ("gpt_neox", NEOX),
     "gpt_neox, one after the other": ("gpt_neox", NEOX | dict(use_parallel_residual=False)),
     "opt": ("opt", OPT | dict(word_embed_proj_dim=24)),

@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import signal
+import weakref
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from fixtures import contents as files_of, linked, made_up_calibration, refuses, tiny_llama, with_settings, write_large
 from programs import finished
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
 
 from cap_nb.methods.criteria import CRITERIA, dense_norms, Inputs
 from cap_nb.models.anatomy import anatomy, decoder_layers, projections
@@ -21,15 +23,15 @@ from cap_nb.models.loading import in_memory
 from cap_nb.core.errors import BadInput
 from cap_nb.core.devices import memory_taken
 from cap_nb.regions import Factors, region_factors
-from cap_nb.methods import layers_on_disk, streaming
-from cap_nb.methods.layers_on_disk import model_on_disk, prune_layers
+from cap_nb.methods import streaming
+from cap_nb.methods.layer_walk import layer_here
+from cap_nb.methods.layers_on_disk import OnDisk, model_on_disk, prune_layers
 from cap_nb.methods.prune import check_method, prune, prune_with
 from cap_nb.methods.streaming import layer_file, measurements_for, open_hessians, save_hessians, solve_checkpoint, solved_weight
 from cap_nb.methods.sparsegpt import MadeOnce
 from cap_nb.methods.streaming import checkpoint_fingerprint, load_norms, open_checkpoint, prune_checkpoint, save_norms, write_rows
 from cap_nb.methods.selection import CAP, Measurements, scores_of, zero_within
 from cap_nb.methods.update import joint_update
-from cap_nb.methods.wanda import input_norms
 from cap_nb.threshold import prune_report
 from proofs import TINY_MODELS, tiny_calibration, tiny_model
 
@@ -428,19 +430,61 @@ def test_a_layer_at_a_time_is_pruned_as_in_memory(tmp_path, name, method):
         assert torch.equal(pruned, kept) and pruned.dtype == kept.dtype, key
 
 
-def test_no_more_than_one_layer_is_in_memory(tmp_path, monkeypatch):
-    seen = []
+@pytest.mark.parametrize("dtype, said", [(torch.bfloat16, "bfloat16"), (torch.float16, "float16"), (torch.float32, "bfloat16")])
+@pytest.mark.parametrize("name", ["gptj", "gemma3", "gemma", "glm4_moe, one dense layer", "opt", "phi3", "falcon, full attention, linear bias"])
+def test_buffers_are_those_of_the_loaded_model(tmp_path, name, dtype, said):
+    """Angles and scales that are not saved are computed in some dtype, whatever the configuration says of the weights."""
+    tiny_model(name).to(dtype).save_pretrained(tmp_path / "src")
+    with_settings(tmp_path / "src" / "config.json", dtype=said)
+    loaded, checkpoint = AutoModelForCausalLM.from_pretrained(tmp_path / "src", dtype=dtype).eval(), open_checkpoint(tmp_path / "src")
+    model = model_on_disk(checkpoint, tmp_path, torch.device("cpu"))
+    for (key, here), (_, there) in zip(model.named_buffers(), loaded.named_buffers(), strict=True):
+        assert here.dtype == there.dtype and torch.equal(here, there), key
+    for index, layer in enumerate(decoder_layers(loaded)):
+        with layer_here(model, index, changed=False):
+            for (key, here), (_, there) in zip(decoder_layers(model)[index].named_parameters(), layer.named_parameters(), strict=True):
+                assert here.dtype == there.dtype and torch.equal(here, there), key
 
-    def counted(step, onwards=False):
-        layers = decoder_layers(models[0])
-        seen.append([index for index, layer in enumerate(layers) if not any(weight.is_meta for weight in layer.parameters())])
-        return input_norms(step, onwards)
 
-    models, src = [], saved(tmp_path / "src")
-    monkeypatch.setattr(layers_on_disk, "model_on_disk", lambda *given: models.append(model_on_disk(*given)) or models[0])
-    monkeypatch.setattr("cap_nb.methods.wanda.input_norms", counted)
-    prune_layers(src, tmp_path / "new", "wanda", 0.5, Inputs(calibration=made_up_calibration(5, shortest=8)))
-    assert seen == [[0], [1], [2]] and all(weight.is_meta for weight in decoder_layers(models[0]).parameters())
+@pytest.mark.parametrize("dtype, method", [(torch.bfloat16, "alps^block"), (torch.float16, "cap^block")])
+@pytest.mark.parametrize("kind", [LlamaConfig, Gemma3TextConfig])
+def test_layers_of_16_bits_are_pruned_as_in_memory(tmp_path, kind, dtype, method):
+    src = saved(tmp_path / "src", dtype, kind)
+    model, inputs = in_memory(load(src)), Inputs(calibration=made_up_calibration(8, shortest=8), factors=factors_of(src))
+    assert prune_layers(src, tmp_path / "new", method, 0.5, inputs) == prune_with(model, method, 0.5, inputs)
+    same(tmp_path / "new", model, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["wanda", "alps^block"])
+def test_no_more_than_one_layer_is_in_memory(tmp_path, monkeypatch, method):
+    """When a layer is read, nothing holds a parameter of another one any more."""
+    read, alive, src = OnDisk.read, [], saved(tmp_path / "src")
+
+    def watched(disk, index):
+        assert not [reference for reference in alive if reference() is not None]
+        alive[:] = []
+        scope, others = read(disk, index)
+        alive.extend(weakref.ref(weight) for weight in decoder_layers(disk.model)[index].parameters())
+        return scope, others
+
+    monkeypatch.setattr(OnDisk, "read", watched)
+    prune_layers(src, tmp_path / "new", method, 0.5, Inputs(calibration=made_up_calibration(5, shortest=8)))
+    assert len(alive) == 9
+
+
+def test_what_would_not_be_the_bytes_of_memory_is_refused(tmp_path):
+    """Weights that loading casts to the dtype of most; a word for ties that memory does not know; one example to train a layer on."""
+    inputs = Inputs(calibration=made_up_calibration(5, shortest=8))
+    src = saved(tmp_path / "src", shards="1GB")
+    weights = load_file(src / "model.safetensors")
+    wide = {name: tensor.float() if "down_proj" in name else tensor for name, tensor in weights.items()}
+    mixed = shutil.copytree(src, tmp_path / "mixed")
+    save_file(wide, mixed / "model.safetensors", metadata={"format": "pt"})
+    refuses("down_proj is stored in another dtype than most weights", prune_layers, mixed, tmp_path / "new", "wanda", 0.5, inputs)
+    refuses("Unknown treatment of ties", prune_layers, src, tmp_path / "new", "wanda", 0.5, replace(inputs, ties="some"))
+    one = replace(inputs, calibration=made_up_calibration(1, shortest=8, k=1))
+    refuses("There is one calibration example", prune_layers, src, tmp_path / "new", "cap^block", 0.5, replace(one, factors=factors_of(src)))
+    assert left_behind(tmp_path) == [] and not (tmp_path / "new").exists()
 
 
 def test_a_walk_from_disk_that_is_stopped_goes_on(tmp_path, monkeypatch):
@@ -455,7 +499,7 @@ def test_a_walk_from_disk_that_is_stopped_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr("cap_nb.methods.prune.joint_update", until_third)
     inputs = Inputs(calibration=made_up_calibration(12, shortest=8), unfinished=tmp_path / "unfinished")
     with pytest.raises(KeyboardInterrupt):
-        prune_layers(src, tmp_path / "new", "alps", 0.5, inputs, fingerprint=checkpoint_fingerprint(src))
+        prune_layers(src, tmp_path / "new", "alps", 0.5, inputs)
     assert not (tmp_path / "new").exists() and left_behind(tmp_path) == [] and len(calls) == 15
     calls[:] = [None] * 20
     report = prune_layers(src, tmp_path / "new", "alps", 0.5, inputs, fingerprint=checkpoint_fingerprint(src))

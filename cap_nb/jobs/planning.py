@@ -760,8 +760,8 @@ def flops_text(flops: float) -> str:
     return in_units(flops, {"EFLOP": 1e18, "PFLOP": 1e15, "TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}, ".1f")
 
 # %% ../../nbs/jobs/04_planning.ipynb #c059
-STREAMED = ("pruning from disk ('cap prune --stream') needs room for one layer and the hidden states of all examples, "
-            "with scores made elsewhere")
+STREAMED = ("pruning from disk ('cap prune --stream') needs room for the embeddings, one layer and the hidden states "
+            "of all examples; cap wants scores made elsewhere")
 
 def weights_advice(p: Plan) -> str:
     "What to do about weights that do not fit one device."

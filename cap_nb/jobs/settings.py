@@ -231,8 +231,8 @@ class SinglePruning:
     key_value: str = "mean" # importance of a key-value head from its query heads': mean or max
     ties: str = "exact" # scores equal to the threshold: exact prunes as many as asked, all every one
     stream: bool = False # prune a folder's checkpoint with one layer in memory, or none where nothing is measured
-    norms: Path | None = None # with --stream: norms of the dense model's inputs, made by save_norms, instead
-    hessians: Path | None = None # with --stream: Hessians of the dense model, made by cap hessians, instead
+    norms: Path | None = None # with --stream: norms of the dense model's inputs (save_norms), so that no layer is run
+    hessians: Path | None = None # with --stream: Hessians of the dense model (cap hessians), so that no layer is run
 
 # %% ../../nbs/jobs/01_settings.ipynb #ee84d30a
 def with_method(job: Job, pruning: SinglePruning, own_text: bool) -> tuple[Job, SinglePruning, str]:

@@ -127,6 +127,7 @@ def layer_by_layer(
             if not (path and is_intact(path, partial(put_layer, weights=weights))):
                 yield LayerStep(layer=layer, index=index, projections=in_layer, batches=states, dense=unpruned)
                 if path: write_tensors(path, {key: weight.detach() for key, weight in weights.items()}, {})
+            del weights # else this layer would stay while the next one is read
             unpruned = after
             for number, state in enumerate(() if still or last else states): # nobody reads what the last layer gives
                 with torch.no_grad(): states[number] = advanced(model, state, index)

@@ -15,17 +15,18 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM
 from cap_nb.core.devices import device_named
-from cap_nb.core.errors import BadInput, check_sparsity
+from cap_nb.core.errors import BadInput, check_choice, check_sparsity
 from cap_nb.core.files import pieces_of, whole_folder
 from cap_nb.methods.criteria import (
     check_inputs, CRITERIA, dense_norms, DERIVATIVES, Inputs, measured_for, projection_shares, walks)
 from cap_nb.methods.neurons import UNIT_AWARE
 from cap_nb.methods.prune import (
-    check_method, laid_out, Masks, MethodName, needs_of, own_scope, SOLVERS, solves, walk_with_hessians)
-from cap_nb.methods.selection import check_pattern, check_pattern_fits
+    block_form, check_method, laid_out, Masks, MethodName, needs_of, own_scope, parse_method, SOLVERS, solves,
+    walk_with_hessians)
+from cap_nb.methods.selection import check_pattern, check_pattern_fits, TIES
 from cap_nb.methods.streaming import (
-    AT_ONCE, Checkpoint, lay_out, loaded_dtype, measurements_for, open_checkpoint, pieces_of_weights, read_weight,
-    STREAMED, write_pruned, write_rows)
+    AT_ONCE, Checkpoint, checkpoint_fingerprint, lay_out, loaded_dtype, measurements_for, open_checkpoint,
+    pieces_of_weights, read_weight, STREAMED, tensors_of_weight, write_pruned, write_rows)
 from cap_nb.methods.wanda import zero_layer_by_layer
 from cap_nb.models.anatomy import decoder_layers, Projection, projections
 from cap_nb.models.checks import warn_of_zeros
@@ -56,14 +57,13 @@ class OnDisk:
     model: nn.Module # The model, all but its layers in memory
     folder: Path # Another folder of the checkpoint's layout, for layers that were changed
     device: torch.device # Where a layer works
-    dtype: torch.dtype # What most weights are loaded as
     zeros: dict[str, tuple[int, int]] = field(default_factory=dict) # Module name -> a weight's zeros before and after
 
     def read(self, index: int) -> tuple[list[Projection], dict[str, nn.Parameter]]:
         "Bring a layer into memory: its projections, and its other parameters by full name."
         layer, prefix = decoder_layers(self.model)[index], f"{family_of(self.model.config).layers}.{index}."
         for name, weight in list(layer.named_parameters()):
-            kind = loaded_dtype(self.model, prefix + name, self.dtype)
+            kind = loaded_dtype(self.model, prefix + name, weight.dtype)
             put(layer, name, nn.Parameter(torch.empty(weight.shape, dtype=kind, device=self.device)))
         scope = [p for p in projections(self.model) if p.layer == index]
         for p in scope: p.weight.copy_(read_weight(self.checkpoint, p))
@@ -110,15 +110,18 @@ def model_on_disk(checkpoint: Checkpoint, folder: Path, device: torch.device) ->
     "A checkpoint's model, whose layers are read when a walk comes to them, and written to another folder."
     source, layers = checkpoint.folder, family_of(checkpoint.model.config).layers
     with opened_by_transformers(source), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config_of(source), trust_remote_code=False).eval()
-    dtype, decoder = stored_dtype(source), layers.rpartition(".")[0]
+        model = AutoModelForCausalLM.from_config(
+            config_of(source), dtype=stored_dtype(source), trust_remote_code=False).eval()
+    for module in model.modules(): # transformers 5 computes buffers that are not saved anew, in float32, after loading
+        if module._non_persistent_buffers_set: model._init_weights(module)
+    decoder = layers.rpartition(".")[0]
     for name, tensor in stored_tensors(model):
         is_weight = isinstance(tensor, nn.Parameter)
         if not name.startswith(f"{decoder}.") or is_weight and name.startswith(f"{layers}."): continue
-        values = read_whole(checkpoint, name, tensor.shape).to(device, loaded_dtype(model, name, dtype))
+        values = read_whole(checkpoint, name, tensor.shape).to(device, loaded_dtype(model, name, tensor.dtype))
         put(model, name, nn.Parameter(values) if is_weight else values)
     for name, buffer in list(model.named_buffers()): put(model, name, buffer.to(device))
-    model.on_disk = OnDisk(checkpoint=checkpoint, model=model, folder=folder, device=device, dtype=dtype)
+    model.on_disk = OnDisk(checkpoint=checkpoint, model=model, folder=folder, device=device)
     return model
 
 # %% ../../nbs/methods/26_layers_on_disk.ipynb #a4b19f14
@@ -133,10 +136,18 @@ def check_walked(method: str, sparsity: float) -> MethodName:
     raise BadInput(f"Method {method!r} cannot be streamed: expected one that sees a layer at a time, without an "
                    "allocation; load the model and prune it in memory.")
 
+def check_one_dtype(checkpoint: Checkpoint) -> None:
+    "Raise `BadInput` for weights in scope that loading would cast to the dtype of most."
+    kind = stored_dtype(checkpoint.folder)
+    for p in projections(checkpoint.model):
+        if {STORED_DTYPES[stored.kind] for stored in tensors_of_weight(checkpoint, p)} == {kind}: continue
+        raise BadInput(f"{p.name} is stored in another dtype than most weights of {checkpoint.folder}: expected one "
+                       "for all in scope, since they are loaded as one; load the model and prune it in memory.")
+
 # %% ../../nbs/methods/26_layers_on_disk.ipynb #a9440b08
 def streamed_zeros(model: nn.Module, method: str, sparsity: float, inputs: Inputs) -> tuple[dict[str, int], tuple]:
     "Set zeros by a criterion that is not asked layer after layer, from what the dense model's inputs measure."
-    disk, parts = model.on_disk, check_method(method)
+    disk, parts = model.on_disk, parse_method(method)
     asks = "norm" in CRITERIA[parts.base].needs
     norms = dense_norms(model, inputs.calibration, inputs.batch_tokens) if asks else None
     measured = measurements_for(disk.checkpoint, method, inputs.factors, norms)
@@ -163,8 +174,12 @@ def prune_layers(src: str | Path, dst: str | Path, method: str, sparsity: float,
     "Prune a checkpoint with one layer in memory; every mistake raises `BadInput` and leaves no folder."
     parts, checkpoint = check_walked(method, sparsity), open_checkpoint(src)
     weights, scope, criterion = projections(checkpoint.model), own_scope(parts), CRITERIA.get(parts.base)
+    check_one_dtype(checkpoint)
     check_pattern_fits(weights, scope)
+    check_choice(inputs.ties, TIES, "treatment of ties")
     check_inputs(method, inputs, needs_of(parts))
+    block_form(parts, inputs) # or refuse a single example now
+    if inputs.unfinished and solves(parts): fingerprint = fingerprint or checkpoint_fingerprint(src)
     inputs = replace(inputs, factors=laid_out(parts.attribution, inputs.factors))
     with whole_folder(dst) as part:
         lay_out(checkpoint, part)

@@ -19,7 +19,7 @@ from cap_nb.core.errors import BadInput, check_choice, check_sparsity, validate_
 from cap_nb.core.files import json_text, sha256_of_tensor, sha256_of_text
 from cap_nb.core.registry import ADDED, additions_noted, ALLOCATIONS, ATTRIBUTIONS, RECOVERIES, SOLVERS
 from cap_nb.importance import importance_factors
-from cap_nb.methods.block import FORMS, rebuild, targets_of, training_tokens
+from cap_nb.methods.block import Form, FORMS, rebuild, targets_of, training_tokens
 from cap_nb.methods.budgets import BudgetSettings
 from cap_nb.methods.criteria import (
     check_inputs, CRITERIA, GIVES, Inputs, measured_for, projection_shares, prune_by, walks)
@@ -366,17 +366,20 @@ def walk_folder(model: nn.Module, parts: MethodName, sparsity: float, inputs: In
     return inputs.unfinished/sha256_of_text(json_text(origin))[:16]
 
 # %% ../../nbs/methods/24_prune.ipynb #b36e6dd9
+def block_form(parts: MethodName, inputs: Inputs) -> Form | None:
+    "The block reconstruction that a method ends with, if any; a single example for it raises `BadInput`."
+    form = FORMS.get(recovery_steps(parts.recovery)[-1]) if parts.recovery else None
+    if form is None or len(inputs.calibration.examples) > 1: return form
+    raise BadInput("There is one calibration example: expected two at least, of which block reconstruction keeps one "
+                   "back; give more.")
+
 @torch.no_grad()
 def walk_with_hessians(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs,
                        masks: Masks | None = None, fingerprint: str | None = None) -> None:
     "Walk through the layers, prune each and recover; too few examples raise `BadInput` before."
     pattern = pattern_of(own_scope(parts))
+    steps, form = recovery_steps(parts.recovery) if parts.recovery else (), block_form(parts, inputs)
     kept = walk_folder(model, parts, sparsity, inputs, fingerprint)
-    steps = recovery_steps(parts.recovery) if parts.recovery else ()
-    form = FORMS.get(steps[-1]) if steps else None
-    if form and len(inputs.calibration.examples) < 2:
-        raise BadInput("There is one calibration example: expected two at least, of which block reconstruction keeps "
-                       "one back; give more.")
     shares = projection_shares(model, sparsity, inputs, own_scope(parts))
     solver = layer_solver(model, parts, sparsity, inputs, shares, masks)
     if steps: solver = recovering(model, solver, steps, pattern, inputs.seed)

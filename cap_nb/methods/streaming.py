@@ -174,11 +174,11 @@ def check_streamed(method: str, sparsity: float, ties: str = "exact", with_hessi
     check_pattern(own_scope(parts), check_sparsity(sparsity))
     if parts.recovery and recovery_steps(parts.recovery)[-1] in FORMS:
         raise BadInput(f"Method {method!r} cannot be streamed: expected no {', '.join(FORMS)}, which train a layer on "
-                       "its inputs; leave --hessians out.")
+                       "its inputs; leave --norms and --hessians out.")
     solved = parts.base in SOLVERS or parts.recovery is not None
     if solved and not with_hessians:
-        raise BadInput(f"Method {method!r} cannot be streamed without Hessians: expected a folder of them, made by "
-                       "'cap hessians'; give it with --hessians, or load the model and prune it in memory.")
+        raise BadInput(f"Method {method!r} cannot be streamed by norms: expected Hessians, made by 'cap hessians', or "
+                       "nothing measured before; give them with --hessians, or leave --norms out.")
     if with_hessians and not (solved or parts.base in STREAMED and "norm" in CRITERIA[parts.base].needs):
         raise BadInput(f"Method {method!r} uses no Hessians: expected a solver, a recovery, or norms of inputs, as in "
                        "sparsegpt, wanda^swaps or wanda; leave --hessians out.")
@@ -186,7 +186,7 @@ def check_streamed(method: str, sparsity: float, ties: str = "exact", with_hessi
     if parts.base in bases and not parts.allocation and parts.attribution not in UNIT_AWARE: return parts
     form = " without an allocation, and a recovery or none" if with_hessians else ", with a scope or without"
     raise BadInput(f"Method {method!r} cannot be streamed: expected {', '.join(bases)}{form}; "
-                   "load the model and prune it in memory.")
+                   "leave --norms and --hessians out, or prune it in memory.")
 
 # %% ../../nbs/methods/25_streaming.ipynb #c034
 @validate_arguments
