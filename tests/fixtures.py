@@ -80,7 +80,12 @@ def blank_pictures():
 def small_pictures():
     """A cell's picture is drawn for a screen of twice the resolution; where nobody looks, a fifth of it is enough to see that it can be drawn."""
     draw = pylabtools.print_figure
-    with patch.object(pylabtools, "print_figure", lambda *given, **how: draw(*given, **how | {"dpi": 40})):
+
+    def once(figure, *given, **how):  # neither laid out nor measured first
+        figure.set_layout_engine("none")
+        return draw(figure, *given, **how | {"dpi": 40, "bbox_inches": None})
+
+    with patch.object(pylabtools, "print_figure", once):
         yield
 
 
