@@ -11,6 +11,7 @@ import pytest
 import torch
 from IPython.core import pylabtools
 from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cap_nb import calibration
@@ -20,6 +21,7 @@ from cap_nb.data.problems import LAB_TASKS
 from cap_nb.data.prompts import IGNORED, Example
 from cap_nb.jobs import chains, report
 from cap_nb.models import lab
+from cap_nb.models.anatomy import projections
 from cap_nb.models.loading import tokenizer_fingerprint
 
 # Head size 6 although hidden size over heads is 5, and two query heads to a key-value head: sizes that go wrong when
@@ -117,6 +119,18 @@ def linked(blobs, src):
     src.mkdir()
     for path in blobs.iterdir():
         (src / path.name).symlink_to(path)
+
+
+def zeros_of(model):
+    """Which weights in scope are zero, by projection."""
+    return {p.name: p.weight == 0 for p in projections(model)}
+
+
+def counted(work):
+    """The operations of some work, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 def made_up(number, length, prompt=4, vocabulary=50):

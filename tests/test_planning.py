@@ -13,11 +13,10 @@ import torch
 import typer
 
 from conftest import ROOT
-from fixtures import made_up, made_up_calibration, refuses, tiny_config, tiny_llama
+from fixtures import counted, made_up, made_up_calibration, refuses, tiny_config, tiny_llama
 from programs import assert_one_sentence, called as cap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from cap_nb.analysis import FEWEST_PAIRS
@@ -101,12 +100,6 @@ def peak(work):
     with torch.no_grad(), PeakMemory() as memory:
         work()
     return memory.peak
-
-
-def counted(work):
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
 
 
 # sizes: every family of the package is counted in test_families
