@@ -36,14 +36,14 @@ def what_many_tests_read_is_read_once():
 
 @pytest.fixture(scope="session")
 def small_lab(tmp_path_factory):
-    """Four small random layers that read the lab's words, for what does not depend on what a model says."""
+    """Four small random layers, as wide as their heads, that read the lab's words: for what does not depend on what a model says."""
     from fixtures import tiny_llama
 
     from cap_nb.models.lab import lab_tokenizer
     from cap_nb.models.loading import save_model
 
     folder, tokenizer = tmp_path_factory.mktemp("model") / "small", lab_tokenizer()
-    save_model(tiny_llama(num_hidden_layers=4, vocab_size=len(tokenizer), max_position_embeddings=512), tokenizer, folder)
+    save_model(tiny_llama(num_hidden_layers=4, hidden_size=24, vocab_size=len(tokenizer), max_position_embeddings=512), tokenizer, folder)
     return folder
 
 

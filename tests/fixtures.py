@@ -11,6 +11,7 @@ import pytest
 import torch
 from IPython.core import pylabtools
 from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cap_nb import calibration
@@ -20,6 +21,7 @@ from cap_nb.data.problems import LAB_TASKS
 from cap_nb.data.prompts import IGNORED, Example
 from cap_nb.jobs import chains, report
 from cap_nb.models import lab
+from cap_nb.models.anatomy import projections
 from cap_nb.models.loading import tokenizer_fingerprint
 
 # Head size 6 although hidden size over heads is 5, and two query heads to a key-value head: sizes that go wrong when
@@ -80,7 +82,12 @@ def blank_pictures():
 def small_pictures():
     """A cell's picture is drawn for a screen of twice the resolution; where nobody looks, a fifth of it is enough to see that it can be drawn."""
     draw = pylabtools.print_figure
-    with patch.object(pylabtools, "print_figure", lambda *given, **how: draw(*given, **how | {"dpi": 40})):
+
+    def once(figure, *given, **how):  # neither laid out nor measured first
+        figure.set_layout_engine("none")
+        return draw(figure, *given, **how | {"dpi": 40, "bbox_inches": None})
+
+    with patch.object(pylabtools, "print_figure", once):
         yield
 
 
@@ -112,6 +119,18 @@ def linked(blobs, src):
     src.mkdir()
     for path in blobs.iterdir():
         (src / path.name).symlink_to(path)
+
+
+def zeros_of(model):
+    """Which weights in scope are zero, by projection."""
+    return {p.name: p.weight == 0 for p in projections(model)}
+
+
+def counted(work):
+    """The operations of some work, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 def made_up(number, length, prompt=4, vocabulary=50):

@@ -6,6 +6,7 @@ device follows, and no other operation of a forward pass does.
 import copy
 import functools
 import math
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +57,10 @@ from cap_nb.scoring import score_heads_naive
 PROCESSOR, DEVICE = "cpu", "pretend:0"
 FITTED = {"retained_gates": GateFit(steps=2), "removed_gates": GateFit(steps=2), "explainable_masks": MaskFit(steps=2)}
 ATTRIBUTED = {f"cap.{name}" for name in ATTRIBUTIONS}  # attributions are tried by themselves
-METHODS = ["dense", *(name for name in table_methods() if name not in ATTRIBUTED), "wanda^block", "cap.pooled", "cap.neurons", "alps.neurons"]
+JOINED = {"cap@row", "cap@layer", "cap@matrix", "wanda@model", "cap_wanda@row", "ria@model", "gradient@row", "integrated_gradients@row", "relevance@row", "cap@2:4", "ria@2:4",
+          "sparsegpt+kl", "alps+kl"}  # of a score or solver, and a scope, pattern or budget, that are tried with others
+LEFT_OUT = ATTRIBUTED | (set() if os.environ.get("CAP_NB_SOAK") else JOINED)
+METHODS = ["dense", *(name for name in table_methods() if name not in LEFT_OUT), "wanda^block", "cap.pooled", "cap.neurons", "alps.neurons"]
 EXAMPLES = made_up_calibration(5)
 
 

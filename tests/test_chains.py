@@ -55,10 +55,9 @@ def stop_before(monkeypatch, call):
     return calls
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_killed_anywhere_the_file_is_the_same(tmp_path, monkeypatch, dtype):
-    """In bfloat16 too, where a text may depend on what is written beside it: the parts are the same."""
-    model, tokenizer = load_model("lab", dtype, "cpu")
+def test_killed_anywhere_the_file_is_the_same(tmp_path, monkeypatch):
+    """In bfloat16, where a text may depend on what is written beside it: the parts are the same. In float32 a run by tokens is killed, below."""
+    model, tokenizer = load_model("lab", "bfloat16", "cpu")
 
     def make(name):
         answering = Answering(tries=2, temperature=1.5, max_new_tokens=60, batch_tokens=250, part=2, file=tmp_path / name)

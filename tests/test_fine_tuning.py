@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fixtures import made_up_calibration, refuses, tiny_llama
+from fixtures import made_up_calibration, refuses, tiny_llama, zeros_of
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, Qwen2Config, Trainer, TrainerCallback, TrainingArguments
 
@@ -24,10 +24,6 @@ def tiny(kind):
         torch.manual_seed(0)
         return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=60, n_positions=64)).eval()
     return tiny_llama(kind)
-
-
-def zeros_of(model):
-    return {p.name: p.weight == 0 for p in projections(model)}
 
 
 def assert_held(model, before):

@@ -118,7 +118,6 @@ def weighed_by_both(model, tokenizer, problems, folder):
     parts = [tokens_of_options(tokenizer, problem) for problem in problems]
     ours = [value for part in parts for value in log_probs(model, *part)]
     asked = [(f"Question: {p.question}\nAnswer:", f" {text}") for p in problems for _, text in options_of(p)]
-    requests = [lm_eval.api.instance.Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(asked)]
     rows = [{"q": p.question, "texts": [text for _, text in options_of(p)], "gold": [name for name, _ in options_of(p)].index(p.answer)} for p in problems]
     (folder / "options.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = {"task": "options", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "options.jsonl")}}, "test_split": "test", "output_type": "multiple_choice",
@@ -126,10 +125,11 @@ def weighed_by_both(model, tokenizer, problems, folder):
     (folder / "options.yaml").write_text(json.dumps(task))
     with undisturbed():
         wrapped = lm_eval.models.huggingface.HFLM(model, tokenizer=copy.deepcopy(tokenizer), batch_size=8)
-        theirs = [value for value, _ in wrapped.loglikelihood(requests)]
         manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
         judged = lm_eval.simple_evaluate(wrapped, tasks=["options"], task_manager=manager, bootstrap_iters=0)["samples"]["options"]
     judged = sorted(judged, key=lambda sample: sample["doc_id"])
+    assert [arguments for sample in judged for arguments in sample["arguments"]] == asked
+    theirs = [value for sample in judged for [(value, _)] in sample["resps"]]
     return ours, theirs, choice_records(model, tokenizer, problems), [(bool(s["acc"]), bool(s["acc_norm"])) for s in judged]
 
 

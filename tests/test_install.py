@@ -89,6 +89,6 @@ def test_the_package_says_what_it_is():
     assert inspect.getdoc(cap_nb).startswith("Causal Attribution Pruning") and "`cap --help`" in cap_nb.__doc__
     lines = [line.strip() for line in cap_nb.__doc__.splitlines() if line.startswith("    ")]
     names = {name: getattr(cap_nb, name) for name in dir(cap_nb) if not name.startswith("_") and any(f"{name}(" in line for line in lines)}
-    names["calibration_set"] = functools.partial(names["calibration_set"], n=4)
+    names["calibration_set"] = functools.partial(names["calibration_set"], n=1)
     exec("\n".join(lines), names)
     assert names["report"].reached == pytest.approx(0.5, abs=1e-4)

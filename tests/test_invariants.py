@@ -6,6 +6,7 @@ import copy
 import os
 
 import torch
+from fixtures import zeros_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from proofs import ENDS, TINY_MODELS, random_examples, tiny_factors
@@ -65,10 +66,6 @@ MODELS = st.builds(built, st.sampled_from(NAMES), st.integers(0, 9), st.integers
 LLAMAS = st.builds(built, st.just("llama"), st.integers(0, 9), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.sampled_from([4, 8]), st.integers(3, 9))
 SHARES = st.floats(0, 0.99)
 SCOPES = st.sampled_from(["model", "layer", "matrix", "row"])
-
-
-def masks(model):
-    return {p.name: (p.weight == 0).clone() for p in projections(model)}
 
 
 def copied(model):
@@ -133,7 +130,7 @@ def test_more_sparsity_never_fewer_zeros(model, shares, scope, criterion):
     for share in sorted(shares):
         model.load_state_dict(dense)
         prune(model, f"{criterion}@{scope}", share, tiny_factors(model) if criterion == "cap" else None)
-        after = masks(model)
+        after = zeros_of(model)
         assert before is None or all((after[name] | ~mask).all() for name, mask in before.items())
         before = after
 
@@ -203,7 +200,7 @@ def held_out_and_masks(model, tokenizer, problems, batch_tokens):
     for method in ("cap", "wanda"):
         pruned = copy.deepcopy(model)
         prune(pruned, method, 0.5, factors if method == "cap" else None, calibration=drawn, batch_tokens=batch_tokens)
-        zeros.append(torch.cat([mask.flatten() for mask in masks(pruned).values()]))
+        zeros.append(torch.cat([mask.flatten() for mask in zeros_of(pruned).values()]))
     return torch.tensor(held), zeros
 
 

@@ -1,4 +1,5 @@
 """The claims ledger reads studies and answers of several runs, and refuses those that do not belong together."""
+import functools
 import shutil
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from conftest import ROOT
 
 FIGURES = ROOT / "figures"
 QWEN = FIGURES / "held_out" / "qwen"
+load_run = functools.cache(load_run)  # several tests read the same
 
 
 def model_of(folder):

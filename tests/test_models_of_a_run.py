@@ -15,7 +15,6 @@ from faults.machinery import SMALL, WORDS, contents, run_in, said_by, signalled_
 from programs import assert_one_sentence, called
 
 METHODS = ("cap", "cap.literal", "wanda^block", "sparsegpt", "wanda@2:4^swaps", "cap.relevance")
-JOB = changed(SMALL, methods=METHODS, accuracy_tasks=(), windows=0)
 
 
 def files(folder):
@@ -30,18 +29,23 @@ def recorded(folder):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def job(small_lab):
+    return changed(SMALL, name=str(small_lab), methods=METHODS, accuracy_tasks=(), windows=0)
+
+
+@pytest.fixture(scope="module")
+def runs(job, tmp_path_factory):
     """A run with its models, and one without."""
     place = tmp_path_factory.mktemp("models")
-    return run_job(JOB, place / "plain"), run_job(JOB, place / "keeping", keep=keep_model)
+    return run_job(job, place / "plain"), run_job(job, place / "keeping", keep=keep_model)
 
 
-def test_the_models_are_those_of_cap_prune(runs, tmp_path):
+def test_the_models_are_those_of_cap_prune(job, runs, tmp_path):
     """Weights, and config.json with its record, for a mask, its other reading, block reconstruction, a solver, a pattern and an attribution."""
     assert sorted(path.name for path in (runs[1] / "models").iterdir()) == ["cap-0.5", "cap.literal-0.5", "cap.relevance-0.5", "sparsegpt-0.5", "wanda@2of4^swaps-0.5", "wanda^block-0.5"]
     for method in METHODS:
         scores = runs[1] / "losses.safetensors" if method in ("cap", "cap.literal") else None
-        prune_into(SMALL, SinglePruning(method=method, sparsity=0.5, scores=scores), tmp_path / "alone")
+        prune_into(job, SinglePruning(method=method, sparsity=0.5, scores=scores), tmp_path / "alone")
         assert files(tmp_path / "alone") == files(runs[1] / "models" / f"{method.replace(':', 'of')}-0.5"), method
         shutil.rmtree(tmp_path / "alone")
 
@@ -61,13 +65,13 @@ def test_the_run_is_the_same(runs, tmp_path):
         assert files(packed / "models/cap-0.5") == files(runs[1] / "models/cap-0.5")
 
 
-def test_a_finished_run_makes_what_is_missing(runs, tmp_path, monkeypatch):
+def test_a_finished_run_makes_what_is_missing(job, runs, tmp_path, monkeypatch):
     """Asked again, models that are there stay and those that are not are made; nothing is measured, and no time is added."""
     copy = shutil.copytree(runs[1], tmp_path / "copy")
     shutil.rmtree(copy / "models/sparsegpt-0.5")
     monkeypatch.setattr("cap_nb.jobs.job.measure_piece", lambda *_: pytest.fail("measured again"))
     before = (copy / "models/cap-0.5/model.safetensors").stat().st_mtime_ns, (copy / "timings.json").read_bytes()
-    run_job(JOB, copy, keep=keep_model)
+    run_job(job, copy, keep=keep_model)
     assert contents(copy) == contents(runs[1])
     assert before == ((copy / "models/cap-0.5/model.safetensors").stat().st_mtime_ns, (copy / "timings.json").read_bytes())
 

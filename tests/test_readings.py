@@ -111,14 +111,14 @@ def test_slices_that_do_not_fit_are_refused_before_a_weight_changes(build, sente
 SMALL = changed(Job(), n=4, k=2, evaluate_n=2, loss_n=2, windows=0, accuracy_tasks=())
 
 
-def test_a_run_prunes_by_every_reading_from_one_table(tmp_path):
+def test_a_run_prunes_by_every_reading_from_one_table(small_lab, tmp_path):
     methods = ("cap", *(f"cap.{name}" for name in READINGS), "cap@matrix", "magnitude@matrix", "cap.literal@row", "rgs")
-    folder = run_job(changed(SMALL, methods=methods, sparsities=(0.5,)), tmp_path/"run")
+    folder = run_job(changed(SMALL, name=str(small_lab), methods=methods, sparsities=(0.5,)), tmp_path/"run")
     run = load_run(folder)
     assert len(list(folder.rglob("losses.safetensors"))) == 1 and not (folder/"attributions").exists()
     seen = {}
     for method in methods[:5]:
-        model, name = load_model("lab")[0], method.partition("@")[0].partition(".")[2]
+        model, name = load_model(small_lab)[0], method.partition("@")[0].partition(".")[2]
         pooled = name.startswith("pooled")
         factors = importance_factors(causal_scores(run.losses, "pooled" if pooled else "paper"))
         prune(model, "cap@matrix" if "@" in method else "cap", 0.5, Factors(factors, layout="literal" if "literal" in name else "heads"))
@@ -127,11 +127,12 @@ def test_a_run_prunes_by_every_reading_from_one_table(tmp_path):
     assert {method: masks[method] for method in seen} == seen and len(set(masks.values())) == len(methods) + 1 # and dense
 
 
-def test_single_steps_read_the_table_as_the_method_says(tmp_path):
-    score_into(SMALL, tmp_path/"S.safetensors")
+def test_single_steps_read_the_table_as_the_method_says(small_lab, tmp_path):
+    job = changed(SMALL, name=str(small_lab))
+    score_into(job, tmp_path/"S.safetensors")
     losses = load_losses(tmp_path/"S.safetensors")
-    prune_into(SMALL, SinglePruning(method="cap.pooled", sparsity=0.5, scores=tmp_path/"S.safetensors"), tmp_path/"pruned")
-    prune(model := load_model("lab")[0], "cap", 0.5, importance_factors(causal_scores(losses, "pooled")))
+    prune_into(job, SinglePruning(method="cap.pooled", sparsity=0.5, scores=tmp_path/"S.safetensors"), tmp_path/"pruned")
+    prune(model := load_model(small_lab)[0], "cap", 0.5, importance_factors(causal_scores(losses, "pooled")))
     pruned, _ = load_model(str(tmp_path/"pruned"))
     assert torch.equal(zeros_of(pruned), zeros_of(model))
     assert '"pooled"' in (tmp_path/"pruned"/"config.json").read_text() + "".join(path.read_text() for path in (tmp_path/"pruned").glob("*.json"))

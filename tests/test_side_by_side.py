@@ -1,11 +1,11 @@
 """What is measured side by side: nothing is measured twice or lost, memory is a process's own, and the records that are kept say where they come from."""
+import functools
 import json
 import re
 
 import pytest
 import torch
-from fixtures import refuses, tiny_config
-from torch.utils.flop_counter import FlopCounterMode
+from fixtures import counted, refuses, tiny_config
 
 from cap_nb.core.files import write_checked
 from cap_nb.core.devices import PEAK
@@ -128,9 +128,7 @@ def test_operations_of_a_sample_are_those_that_torch_counts(sample):
     plain = examples_of_lengths([ExampleLength("made", 9 + 2 * index, 5) for index in range(6)], 50)
     for examples in (plain, behind_worked_examples(plain, plain.examples[:2])):
         for name, side in scoring_sides(model, examples, 60).items():
-            with FlopCounterMode(display=False) as counter:
-                side(sample)
-            assert counted_work(model, examples, 60, sample)[name] == pytest.approx(counter.get_total_flops(), rel=0.02), name
+            assert counted_work(model, examples, 60, sample)[name] == pytest.approx(counted(functools.partial(side, sample)), rel=0.02), name
 
 
 def test_examples_behind_worked_ones_and_of_given_lengths(lab):

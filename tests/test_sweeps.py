@@ -36,10 +36,10 @@ def written(folder, text):
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory):
+def sweep(small_lab, tmp_path_factory):
     """Two runs; the command line changes one option of the file."""
     folder = tmp_path_factory.mktemp("sweep")
-    output_of("run", "--config", written(folder, SMALL), "--k", 2, "--out", folder / "out")
+    output_of("run", "--config", written(folder, f"{SMALL}model: {small_lab}\n"), "--k", 2, "--out", folder / "out")
     return folder
 
 

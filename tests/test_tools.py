@@ -14,6 +14,7 @@ from cap_nb.command_line import app
 from cap_nb.core.files import read_checked
 from conftest import ROOT
 from notebooks_on_disk import cells, notebooks_tool
+from programs import finished
 from tools import matrix as matrix_tool
 from tools.stubs import stubs
 
@@ -31,7 +32,11 @@ def outputs(path):
 
 
 def execute(*words):
-    return subprocess.run([sys.executable, ROOT / "tools/notebooks.py", *map(str, words)], capture_output=True, text=True)
+    """What `python tools/notebooks.py` does, in a forked process."""
+    def work():
+        sys.argv = ["notebooks.py", *map(str, words)]
+        notebooks_tool.main()
+    return finished(work, draws=False)
 
 
 def test_slow_cells_are_passed_over_and_keep_their_outputs_and_widgets_are_not_kept(tmp_path):
@@ -54,7 +59,8 @@ def test_the_first_error_stops_and_nothing_is_written(tmp_path):
     done = execute(one, two)
     assert done.returncode != 0 and "ZeroDivisionError" in done.stderr
     assert outputs(one) == ["old\n", "old\n"] and outputs(two) == ["old\n"]
-    assert execute(tmp_path / "nowhere.ipynb").returncode != 0
+    started = subprocess.run([sys.executable, ROOT / "tools/notebooks.py", tmp_path / "nowhere.ipynb"], capture_output=True, text=True)
+    assert started.returncode != 0 and started.stderr.startswith("There is no notebook")
 
 
 def test_the_readme_the_stubs_and_the_lists_are_what_the_notebooks_make():

@@ -29,13 +29,15 @@ SEED, N = 0, 16  # of the notebook's calibration set, a task
 LINES, WIDTH = 12, 76  # of an answer; what a ruined model says further is cut
 
 
-def notebook_names(path: Path = NOTEBOOK) -> dict:
-    """What the cells of a notebook define, those aside that are passed over when it is executed."""
+def notebook_names() -> dict:
+    """What the cells of the notebook define, up to the one that puts the widgets in motion; what follows only tries them."""
     names = {"__name__": "try_it"}
-    for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+    for number, cell in enumerate(json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]):
         source = "".join(cell["source"])
         if cell["cell_type"] == "code" and not is_skipped(source, {"slow", "gpu"}):
-            exec(compile(source, f"{path.name}, cell {number}", "exec"), names)
+            exec(compile(source, f"{NOTEBOOK.name}, cell {number}", "exec"), names)
+            if source.endswith("prune_again()"):
+                break
     return names
 
 
