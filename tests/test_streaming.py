@@ -22,6 +22,7 @@ from cap_nb.models.anatomy import anatomy, decoder_layers, projections
 from cap_nb.models.loading import in_memory
 from cap_nb.core.errors import BadInput
 from cap_nb.core.devices import memory_taken
+from cap_nb.jobs.settings import changed, Job, SinglePruning
 from cap_nb.regions import Factors, region_factors
 from cap_nb.methods import streaming
 from cap_nb.methods.layer_walk import layer_here
@@ -32,6 +33,7 @@ from cap_nb.methods.sparsegpt import MadeOnce
 from cap_nb.methods.streaming import checkpoint_fingerprint, load_norms, open_checkpoint, prune_checkpoint, save_norms, write_rows
 from cap_nb.methods.selection import CAP, Measurements, scores_of, zero_within
 from cap_nb.methods.update import joint_update
+from cap_nb.single_steps import prune_into
 from cap_nb.threshold import prune_report
 from proofs import TINY_MODELS, tiny_calibration, tiny_model
 
@@ -485,6 +487,17 @@ def test_what_would_not_be_the_bytes_of_memory_is_refused(tmp_path):
     one = replace(inputs, calibration=made_up_calibration(1, shortest=8, k=1))
     refuses("There is one calibration example", prune_layers, src, tmp_path / "new", "cap^block", 0.5, replace(one, factors=factors_of(src)))
     assert left_behind(tmp_path) == [] and not (tmp_path / "new").exists()
+
+
+def test_room_is_asked_for_the_finished_layers_too(small_lab, tmp_path, monkeypatch):
+    """Those of a solver lie beside the new folder until it is whole; Wanda keeps none."""
+    size = sum(shard.stat().st_size for shard in small_lab.glob("*.safetensors"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: namedtuple("usage", "total used free")(0, 0, int(1.5 * size)))
+    job = changed(Job(), name=str(small_lab), tasks=("lab-arc",), n=2, k=1)
+    how = SinglePruning(method="alps", stream=True)
+    refuses("with its finished layers until then, takes", prune_into, job, how, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+    prune_into(job, replace(how, method="wanda"), tmp_path / "new")
 
 
 def test_a_walk_from_disk_that_is_stopped_goes_on(tmp_path, monkeypatch):
