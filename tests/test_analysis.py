@@ -308,13 +308,6 @@ def test_kept_answers_stand_beside_the_others():
     assert "Kept" not in answer_table([pruned]).columns and "Kept" not in answer_markdown(answer_table([pruned]))
 
 
-def test_two_evaluations_of_one_cell_are_refused():
-    """The later one would silently stand for both."""
-    cells = [Evaluation(method=method, sparsity=0.5, reached=0.5, answers=tuple(answer("gsm8k", i, True) for i in range(3))) for method in ("cap", "wanda", "cap")]
-    compare_methods(cells[:2])
-    refuses("two evaluations of CAP at 0.5", compare_methods, cells)
-
-
 def test_a_test_about_zero_does_not_decide_about_a_margin():
     level = replace(compare(*[[answer("gsm8k", i, True) for i in range(30)]] * 2), low=-0.2, high=0.2, p=0.9, holm=0.9)
     assert level.within(-1.5, 1.5) and not level.within(0.3, 1.5) and not level.decided

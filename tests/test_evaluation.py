@@ -255,6 +255,11 @@ def test_a_run_that_was_killed_within_a_task_goes_on_behind_its_last_part(tmp_pa
     run_job(changed(Job(), **settings), tmp_path / "whole")
     whole = contents(tmp_path / "whole", "evaluations")
     assert len(whole) == 6 and whole == contents(tmp_path / "killed", "evaluations")
+    # no column names a sample, on the disk or packed, where each problem has one greedy answer
+    assert (tmp_path / "whole/evaluations/dense-0.0/answers.csv").read_text().splitlines()[0].endswith("cut_off")
+    assert not {"samples", "temperature", "top_p"} & set(load_run(tmp_path / "whole").configuration["evaluation"])
+    pack_run(tmp_path / "whole")
+    assert "sample" not in pq.read_schema(tmp_path / "whole/records.parquet").names
 
 
 def test_worked_examples_are_recorded_and_read():
@@ -316,15 +321,6 @@ def test_drawn_answers_in_a_run_that_was_killed(tmp_path, monkeypatch):
     gains = [100 * (share - right_shares(dense.answers)[problem]) for problem, share in right_shares(pruned.answers).items()]
     assert (found.n, found.alone, found.p) == (9, None, sign_flip_test(gains)) and math.isclose(found.value, sum(gains) / 9)
     refuses("--samples is 2, the run in this folder has 3", run_job, changed(Job(), **DRAWN | {"samples": 2}), tmp_path / "whole")
-
-
-def test_one_answer_to_each_problem_is_written_as_before(tmp_path):
-    """No column names a sample, on the disk or packed, where each problem has one greedy answer."""
-    run_job(changed(Job(), **DRAWN | dict(samples=1, temperature=0.0, top_p=1.0, evaluate_n=2)), tmp_path / "run")
-    assert (tmp_path / "run" / "evaluations" / "dense-0.0" / "answers.csv").read_text().splitlines()[0].endswith("cut_off")
-    assert not {"samples", "temperature", "top_p"} & set(load_run(tmp_path / "run").configuration["evaluation"])
-    pack_run(tmp_path / "run")
-    assert "sample" not in pq.read_schema(tmp_path / "run" / "records.parquet").names
 
 
 def test_problems_that_were_calibrated_on_under_another_task_are_refused():

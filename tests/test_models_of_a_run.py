@@ -12,7 +12,6 @@ from cap_nb.jobs.report import write_results
 from cap_nb.jobs.settings import SinglePruning, changed
 from cap_nb.single_steps import keep_model, prune_into
 from faults.machinery import SMALL, WORDS, contents, run_in, said_by, signalled_before
-from programs import assert_one_sentence, called
 
 METHODS = ("cap", "cap.literal", "wanda^block", "sparsegpt", "wanda@2:4^swaps", "cap.relevance")
 
@@ -96,13 +95,3 @@ def test_killed_and_gone_on(moment, number, whole, tmp_path):
     assert len(kept) == (3 if number == signal.SIGTERM else 6)
     assert f"Pruned models, for --model or transformers: {tmp_path / 'run/models/sparsegpt-0.5'}" in said_by(run_in(tmp_path / "run", words=SOLVER))
     assert contents(tmp_path / "run") == contents(whole) and not (tmp_path / "run/unfinished").exists()
-
-
-def test_a_sweep_keeps_none(tmp_path):
-    (tmp_path / "a.yaml").write_text("n: 2\n")
-    assert_one_sentence(called("run", "--config", tmp_path / "a.yaml", "--save-models"), "--save-models was given with --config")
-
-
-def test_a_file_gives_its_own_numbers(tmp_path):
-    (tmp_path / "a.yaml").write_text("evaluate-n: 100\n")
-    assert_one_sentence(called("run", "--config", tmp_path / "a.yaml", "--quick"), "--quick was given with --config")

@@ -211,11 +211,11 @@ def test_singular_values_are_counted_for_every_matrix_that_is_there(name, monkey
 
 @pytest.mark.parametrize("shape, dtype", [(dict(), torch.float32), (dict(num_hidden_layers=8), torch.bfloat16), (dict(vocab_size=3000), torch.float32),
                                           (dict(intermediate_size=64, num_attention_heads=8), torch.bfloat16)])
-def test_the_memory_of_scoring_is_about_what_is_held(shape, dtype):
+def test_the_memory_of_screening_is_about_what_is_held(shape, dtype):
     model, calibration = random_model(**shape).to(dtype), made_up_calibration(8, shortest=47, k=1, step=0, vocabulary=90)
-    for budget, run in ((None, lambda: score_heads(model, calibration, 400)), (0.5, lambda: screen_heads(model, calibration, 0.5, batch_tokens=400))):
-        load = load_of(model, calibration, 400, str(dtype).removeprefix("torch."), budget=budget)
-        assert 0.5 < peak(run) / at_once(stage(load, "scoring").memory) < 1.5
+    load = load_of(model, calibration, 400, str(dtype).removeprefix("torch."), budget=0.5)
+    held = peak(lambda: screen_heads(model, calibration, 0.5, batch_tokens=400))
+    assert 0.5 < held / at_once(stage(load, "scoring").memory) < 2
 
 
 SHAPES = {"SmolLM2-135M": (576, 1536, 9, 3), "Qwen2.5-0.5B": (896, 4864, 14, 2), "Llama-3.2-1B": (2048, 8192, 32, 8)} # hidden, MLP, heads, key-value heads
@@ -241,13 +241,13 @@ def test_planned_memory_is_within_15_percent_of_the_tensors_held(name, work):
     assert 0.85 < at_once(found.memory) / held < 1.15
 
 
-@pytest.mark.parametrize("method, dtype", [*((method, torch.float32) for method in ("wanda", "alps", "wanda^swaps", "wanda^update", "cap^swaps^update", "wanda^block")),
+@pytest.mark.parametrize("method, dtype", [*((method, torch.float32) for method in ("alps", "wanda^swaps", "wanda^update", "cap^swaps^update", "wanda^block")),
                                            ("cap^swaps^update", torch.bfloat16)])
 def test_the_memory_of_pruning_is_about_what_is_held(method, dtype):
     model = random_model(hidden_size=192, intermediate_size=768, num_hidden_layers=2).to(dtype)
     calibration = made_up_calibration(12, shortest=10, step=2, vocabulary=90)
     load = load_of(model, calibration, 200, str(dtype).removeprefix("torch."), methods=(method,))
-    found = stage(load, planning.WALK if method == "wanda" else f"pruning by {method}")
+    found = stage(load, f"pruning by {method}")
     held = peak(lambda: prune(model, method, 0.5, torch.ones(2, 4), calibration, batch_tokens=200))
     assert 0.5 < held / at_once(found.memory) < 1.6
 

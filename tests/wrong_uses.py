@@ -151,7 +151,8 @@ COMMANDS = {
                                 "compare PLACE/nothing --format pdf", "compare PLACE/nothing --out PLACE/folder", "repeat PLACE/nothing --out PLACE/new",
                                 "repeat PLACE/folder --out PLACE/new", "repeat PLACE/edited_run --out PLACE/new", "repeat PLACE/nothing --sparsity 2 --out PLACE/new"],
     "files of options": [f"run --config PLACE/{name} --out PLACE/new" for name in (
-        "nothing.yaml", "folder", "list_meta.safetensors", "file.txt", *(f"{name}.yaml" for name in OPTION_FILES))],
+        "nothing.yaml", "folder", "list_meta.safetensors", "file.txt", *(f"{name}.yaml" for name in OPTION_FILES))]
+    + [f"run --config PLACE/float.yaml {option} --out PLACE/new" for option in ("--save-models", "--quick")],
     "scoring in part": [f"score {FEW_EXAMPLES} --out PLACE/new.safetensors {options}" for options in (
         "--budget 0", "--budget nan", "--budget 1.5", "--budget 0.01", "--budget 0.5 --join", "--join", "--heads-at-once 0", "--budget 0.9 --heads-at-once -3",
         "--score-target divergence --budget 0.5", "--store PLACE/file.txt", "--calibrate-on /dev/zero")]

@@ -6,10 +6,11 @@ Pictures are embedded, formulas become MathML, style and script stand in the fil
 page; printing gives a page a slide. nbconvert's own slides fetch reveal.js and MathJax from elsewhere, so they are not used.
 """
 import html
-import json
 import re
 import sys
 from pathlib import Path
+
+import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 CHOSEN = [*sorted((ROOT / "nbs").glob("0[0-6]_*.ipynb")), ROOT / "nbs" / "results" / "10_traps.ipynb"]
@@ -69,12 +70,6 @@ def rendered(text: str) -> str:
     return re.sub("\ue000(\\d+)\ue001([,.;:)]?)", lambda match: f'<span style="white-space: nowrap">{kept[int(match[1])]}{match[2]}</span>', made)
 
 
-def cells_of(path: Path) -> list[dict]:
-    """A notebook's cells, their sources as text."""
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return [cell | {"source": "".join(cell["source"])} for cell in cells]
-
-
 def title_and_sentence(cells: list[dict]) -> tuple[str, str]:
     """What a notebook opens with."""
     first = next(cell["source"] for cell in cells if cell["cell_type"] == "markdown")
@@ -120,7 +115,7 @@ def summary(cells: list[dict]) -> str:
 
 def slides_of(path: Path) -> list[str]:
     """A notebook's slides: title, equation, picture, summary; what it lacks is left out."""
-    cells = cells_of(path)
+    cells = nbformat.read(path, 4).cells
     title, sentence = title_and_sentence(cells)
     made = [f"<h1>{html.escape(title)}</h1><blockquote>{rendered(sentence)}</blockquote>"]
     if found := equation(cells):

@@ -15,12 +15,16 @@ where the folder holds the published code, a checkout of github.com/locuslab/wan
 measured. Nothing of that code is kept here.
 """
 
+import functools
 import importlib
 import multiprocessing
 import os
 import sys
 import time
 import types
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -186,55 +190,29 @@ def on_matrix(case, side):
 # Each side lives in a process of its own, which is made once. Its first call tells its memory and its zeros and does not
 # count for time; then all take turns, a call a round.
 
+LIVE = {}  # in the process of a side: its reset and its call, for all rounds
 
-def live(case, side, pipe):
+
+def first_call(case, side):
+    torch.set_num_threads(case["threads"])
+    LIVE["reset"], LIVE["call"], zeros, about = (on_matrix if "matrix" in case else on_model)(case, side)
+    with memory_taken(torch.device("cpu")) as taken:
+        LIVE["call"]()
+    return taken[0], np.packbits(zeros().numpy()), about
+
+
+def timed_call():
+    LIVE["reset"]()
+    start = time.process_time()
+    LIVE["call"]()
+    return time.process_time() - start
+
+
+def told_by(process, side, work, *given):
     try:
-        torch.set_num_threads(case["threads"])
-        reset, call, zeros, about = (on_matrix if "matrix" in case else on_model)(case, side)
-        with memory_taken(torch.device("cpu")) as taken:
-            call()
-        pipe.send((taken[0], np.packbits(zeros().numpy()), about))
-        while pipe.recv():
-            reset()
-            start = time.process_time()
-            call()
-            pipe.send(time.process_time() - start)
-    except Exception as problem:
-        pipe.send(problem)
-        raise
-
-
-def received(pipe, side):
-    try:
-        answer = pipe.recv()
-    except EOFError as ended:
+        return process.submit(work, *given).result()
+    except BrokenProcessPool as ended:
         raise BadInput(f"The process of {side!r} ended: expected it to go on; it may need more memory.") from ended
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
-
-
-class Sides:
-    "The processes of all sides of a case, and what their first calls told."
-
-    def __init__(self, case, names):
-        self.pipes, self.workers, self.first = {}, [], {}
-        for name in names:
-            ours, theirs = multiprocessing.get_context("spawn").Pipe()
-            worker = multiprocessing.get_context("spawn").Process(target=live, args=(case, name, theirs), daemon=True)
-            worker.start()
-            theirs.close()
-            self.pipes[name], self.first[name] = ours, received(ours, name)
-            self.workers.append(worker)
-
-    def seconds(self, name):
-        self.pipes[name].send(True)
-        return received(self.pipes[name], name)
-
-    def end(self):
-        for pipe, worker in zip(self.pipes.values(), self.workers):
-            pipe.send(False)
-            worker.join()
 
 
 def differing(first):
@@ -252,12 +230,14 @@ def layer_case(path, name, case, repeats=5, threads=1, peer=""):
         given = case | {"threads": threads, "peer": peer}
         whole = "two plain passes" in case["sides"]  # compared with nothing else
         others = [f"published {side}" for side in case["sides"] if side in PUBLISHED_SIDES and peer and not whole]
-        sides = Sides(given, [*case["sides"], *others])
-        calls = {side: lambda side=side: sides.seconds(side) for side in sides.pipes}
-        seconds = measured_rounds(calls, repeats, warmups=0)
-        sides.end()
-        about = {"memory": {side: first[0] for side, first in sides.first.items()}, "zeros": differing(sides.first)}
-        return {"seconds": seconds, "about": about | sides.first[case["sides"][0]][2]}
+        with ExitStack() as ended:
+            alone = {side: ended.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
+                     for side in [*case["sides"], *others]}
+            first = {side: told_by(process, side, first_call, given, side) for side, process in alone.items()}
+            calls = {side: functools.partial(told_by, process, side, timed_call) for side, process in alone.items()}
+            seconds = measured_rounds(calls, repeats, warmups=0)
+        about = {"memory": {side: told[0] for side, told in first.items()}, "zeros": differing(first)}
+        return {"seconds": seconds, "about": about | first[case["sides"][0]][2]}
 
     settings = {"repeats": repeats, "sparsity": 0.5, "threads": threads, "dtype": "float32", **case}
     return measured_case(path, name, settings, measure)
