@@ -58,7 +58,7 @@ from .models.checks import warn_of_zeros, zeros_of
 from .models.loading import (
     check_all_here, config_of, fingerprint_differences, load_model, load_tokenizer, model_fingerprint, save_model,
     tokenizer_fingerprint)
-from .portable.fine_tuning import check_new_training, recover_into, Recovery
+from .portable.fine_tuning import check_new_training, check_room_to_train, recover_into, Recovery
 from .portable.sharing import (
     base_record, calibration_record, KEY, made_and_noted, note_on_model, pruning_record, scores_record, write_card)
 from .portable.shrink import check_shrinking, shrink_to, Shrunk, shrunk_record
@@ -237,7 +237,8 @@ def prune_in_memory(job: Job, pruning: SinglePruning, out: Path, working: Path) 
         factors = unit_factors(model, parts.attribution, given, how=job.prune.aggregation)
         factors = replace(factors, key_value=pruning.key_value)
     given = Inputs(factors=factors, calibration=calibration, ties=pruning.ties, batch_tokens=job.model.batch_tokens,
-                   seed=job.calibrate.seed, store=working/"budgets", unfinished=working/"layers")
+                   seed=job.calibrate.seed, store=working/"budgets", unfinished=working/"layers",
+                   fingerprint=fingerprint)
     report = prune_with(model, pruning.method, pruning.sparsity, given)
     base, calibrated_on = base_and_calibration(job, (model, tokenizer, fingerprint), calibration)
     note_on_model(model, record_of(job, pruning, report, base, calibrated_on))
@@ -256,14 +257,15 @@ def check_streaming(job: Job, pruning: SinglePruning) -> None:
                        "save the model there first, or leave --stream out.")
     if job.model.dtype:
         raise BadInput("--stream was given with --dtype: expected none, since weights keep theirs; leave it out.")
+    if job.model.device == "auto":
+        raise BadInput("--stream was given with --device auto: expected one device, since one layer is held at a "
+                       "time; name it, or leave --device out.")
     if walks_from_disk(pruning):
-        if job.model.device == "auto":
-            raise BadInput("--stream was given with --device auto: expected one device, since one layer is held at a "
-                           "time; name it, or leave --device out.")
         check_walked(pruning.method, pruning.sparsity)
         return
-    if job.model.device:
-        raise BadInput("--stream was given with --device: expected none, since nothing is measured; leave it out.")
+    if job.model.device and pruning.hessians is None:
+        raise BadInput("--stream was given with --device: expected none, since nothing is measured or solved; leave it "
+                       "out.")
     for name in ("calibrate_on", "text_share", "calibration_tokens"):
         if getattr(job.calibrate, name) != getattr(CalibrateSettings, name):
             raise BadInput(f"{option_of(name)} was given with --stream: expected none, since nothing is measured; give "
@@ -298,13 +300,14 @@ def prune_on_disk(job: Job, pruning: SinglePruning, out: Path, working: Path) ->
     fingerprint = checkpoint_fingerprint(source)
     factors, base = factors_from(pruning, fingerprint, job.prune), base_record(source, fingerprint)
     given = Inputs(factors=factors, calibration=calibration, ties=pruning.ties, batch_tokens=job.model.batch_tokens,
-                   seed=job.calibrate.seed, unfinished=working/"layers")
+                   seed=job.calibrate.seed, unfinished=working/"layers", fingerprint=fingerprint)
     def make(new: Path) -> PruneReport:
         method, sparsity = pruning.method, pruning.sparsity
         if calibration is not None:
-            return prune_layers(source, new, method, sparsity, given, job.model.device, fingerprint)
+            return prune_layers(source, new, method, sparsity, given, job.model.device)
         if pruning.hessians is not None:
-            return solve_checkpoint(source, new, sparsity, pruning.hessians, method, factors, fingerprint)
+            return solve_checkpoint(source, new, sparsity, pruning.hessians, method, factors, fingerprint,
+                                    job.model.device)
         return prune_checkpoint(source, new, sparsity, factors, method, pruning.norms, pruning.ties)
     return made_and_noted(out, make, lambda report: record_of(job, pruning, report, base, measured_on))
 
@@ -445,10 +448,11 @@ def recipe_asked(job: Job, pruning: SinglePruning, tuning: FineTuning | None, ou
                        "another folder with --out.")
     return asked
 
-def recipe_begun(job: Job, asked: list, out: Path) -> Job: # The job, filled in as the model decides
-    "Note what a recipe follows from; another model or other chains than when it began raise `BadInput`."
+def recipe_begun(job: Job, tuning: FineTuning | None, asked: list, out: Path) -> Job: # Filled in as the model decides
+    "Note what a recipe follows from; another model, other chains or no room for its training raise `BadInput`."
     own = job.calibrate.calibrate_on == OWN
     model, tokenizer = load_checked(changed(job, calibrate_on="gold", chain_rule="right") if own else job)
+    if tuning: check_room_to_train(model, tuning.rank)
     chains = None if own else chains_of(job.calibrate)
     noted = [*asked, model_fingerprint(model), chains and chains.fingerprint]
     kept = read_checked(out/"recipe.json") if (out/"recipe.json").exists() else asked
@@ -485,7 +489,7 @@ def recipe_into(job: Job, pruning: SinglePruning, tuning: FineTuning | None,
     chains, made, asked = out/"chains.jsonl", out/"pruned", recipe_asked(job, pruning, tuning, out)
     rule, lines = job.calibrate.chain_rule, []
     with stop_says(STOPPED), alone_in(out):
-        job = recipe_begun(job, asked, out)
+        job = recipe_begun(job, tuning, asked, out)
         before = benched(job, job.model.name, out/"before") # first: what cannot be answered is found before the work
         if job.calibrate.calibrate_on == OWN:
             asking = changed(job, calibrate_on="gold", chain_rule="right")

@@ -10,6 +10,7 @@ import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from conftest import ROOT
-from fixtures import made_up_calibration, tiny_config, tiny_llama
+from fixtures import made_up_calibration, refuses, tiny_config, tiny_llama
 from programs import FEW, output_of
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -50,7 +51,7 @@ from cap_nb.models.lab import lab_tokenizer
 from cap_nb.models.loading import load_model, save_model
 from cap_nb.portable.fine_tuning import recover
 from cap_nb.portable.format import export_folder
-from cap_nb.portable.shrink import shrink
+from cap_nb.portable.shrink import contributions, shrink
 from cap_nb.portable.speed import bench_folder
 from cap_nb.scoring import score_heads_naive
 
@@ -167,18 +168,21 @@ def experts(model, tokenizer, device, folder):
 
 def smaller(model, tokenizer, device, folder):
     small = shrink(model, torch.linspace(0, 1, 2 * 512).sin().view(2, 512), torch.linspace(0, 1, 8).cos().view(2, 4), 384, 1)
-    return weights_of_scope(small)
+    return contributions(model, EXAMPLES), weights_of_scope(small)
 
 
 def trained(model, tokenizer, device, folder):
-    report = recover(model, EXAMPLES, FineTuning(steps=2, examples=2))
+    with patch.object(torch.pretend, "mem_get_info", lambda *_: (1 << 30, 1 << 30)):  # room for four numbers a weight
+        report = recover(model, EXAMPLES, FineTuning(steps=2, examples=2))
     return report.losses, weights_of_scope(model)
 
 
 def streamed(model, tokenizer, device, folder):
     save_model(model, tokenizer, folder / "dense")
     save_hessians(model, EXAMPLES, folder / "hessians")
-    return solve_checkpoint(folder / "dense", folder / "pruned", 0.5, folder / "hessians")
+    place = PROCESSOR if device in ("half", "auto") else device
+    report = solve_checkpoint(folder / "dense", folder / "pruned", 0.5, folder / "hessians", device=place)
+    return report, load_file(folder / "pruned" / "model.safetensors")
 
 
 def layers_from_disk(model, tokenizer, device, folder):
@@ -225,7 +229,7 @@ WORK = {  # kind of work -> how many times the whole model is read for a fingerp
     "chains": (1, chains),
     "recover": (2, pruned_and(trained)),
     "shrink": (0, smaller),
-    "Hessians for streaming": (3, streamed),
+    "Hessians for streaming": (5, streamed),
     "layers from disk": (3, layers_from_disk),
     "export": (1, pruned_and(exported)),
     "bench": (5, pruned_and(benched)),
@@ -271,6 +275,11 @@ def test_a_kind_of_work_gives_the_same_and_moves_little(kind, tmp_path):
     there, size, (to, back) = work_done(kind, DEVICE, tmp_path / "there")
     assert_same(there, here)
     assert nothing == (0, 0) and to + back < (WORK[kind][0] + 0.5) * size, (to, back, size)
+
+
+def test_a_training_finds_room_or_says_so():
+    model = wide_model(DEVICE, None)
+    refuses("Training every weight takes .* more on pretend:0, which has 0.0 GiB free", recover, model, EXAMPLES)
 
 
 def test_a_head_may_lie_with_the_embeddings():

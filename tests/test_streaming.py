@@ -515,7 +515,7 @@ def test_a_walk_from_disk_that_is_stopped_goes_on(tmp_path, monkeypatch):
         prune_layers(src, tmp_path / "new", "alps", 0.5, inputs)
     assert not (tmp_path / "new").exists() and left_behind(tmp_path) == [] and len(calls) == 15
     calls[:] = [None] * 20
-    report = prune_layers(src, tmp_path / "new", "alps", 0.5, inputs, fingerprint=checkpoint_fingerprint(src))
+    report = prune_layers(src, tmp_path / "new", "alps", 0.5, replace(inputs, fingerprint=checkpoint_fingerprint(src)))
     assert all("layers.2" in name for name in calls[20:]) and len(calls) == 27
     model = in_memory(load(src))
     assert prune_with(model, "alps", 0.5, Inputs(calibration=inputs.calibration)) == report

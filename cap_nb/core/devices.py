@@ -17,6 +17,7 @@ from cap_nb.core.errors import BadInput, check_device
 
 def device_named(device: str | torch.device | None) -> torch.device:
     "The torch device of a name; None is the GPU if there is one, else the CPU. An unknown or absent one: `BadInput`."
+    if torch.cuda.is_available(): torch.backends.cuda.enable_cudnn_sdp(False)
     if device is None: return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     named = torch.device(check_device(str(device)))
     if named.type == "mps":
@@ -63,7 +64,8 @@ def build_of(device: torch.device) -> dict[str, str]: # Name -> version or setti
     "What numbers on a device depend on beside torch's own version."
     if device.type != "cuda": return {}
     return {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version()),
-            "float32_products": torch.get_float32_matmul_precision()}
+            "float32_products": torch.get_float32_matmul_precision(),
+            "cudnn_attention": str(torch.backends.cuda.cudnn_sdp_enabled())}
 
 def multiplies_two_of_four(device: torch.device) -> bool:
     "Whether it multiplies matrices that are zero at two of every four places in half the time: NVIDIA's, from Ampere."

@@ -201,7 +201,7 @@ def check_computable(value: object, what: str, name: str) -> None:
 
 def lacks_memory(error: Exception) -> bool:
     "Whether an error says that there was no memory left."
-    words = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    words = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
     return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from ..calibration import Calibration, calibration_set, default_style, default_tasks, overlap
-from ..core.devices import memory_taken
+from ..core.devices import memory_taken, module_of
 from ..core.errors import (
     BadInput, check_argument, check_choice, check_sparsity, fields_in, validate_arguments)
 from ..core.files import alone_in, read_tensors, sha256_of_text, write_tensors
@@ -40,13 +40,13 @@ from .report import write_results
 from cap_nb.jobs.settings import (
     CalibrateSettings, changed, check_counts, check_read, EvaluateSettings, examples_by_kind, Job, QUICK, read_rule,
     share_of_text)
-from ..methods.criteria import Inputs
+from ..methods.criteria import CRITERIA, DERIVATIVES, Inputs
 from ..methods.experts import UnitFactors
 from ..methods.layer_walk import check_started_once
 from ..methods.neurons import UNIT_AWARE
 from ..methods.prune import (
     by_masked_heads, check_fits, check_method, highest_sparsity, needs_of, parse_method, prune_with, reading_of,
-    READINGS, unit_factors)
+    READINGS, solves, unit_factors)
 from ..methods.resumed_scoring import check_target, Request, save_losses, scored_table, TARGETS
 from ..methods.screening import load_any, PartialLosses, save_partial, scores_of, screen_heads
 from ..models.anatomy import check_length, context_of, decoder_layers
@@ -590,6 +590,13 @@ def pruned_anew(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pru
                        "expected the same; versions or device changed, give another folder.")
 
 # %% ../../nbs/jobs/03_job.ipynb #c074
+def repeatable(method: str, device: torch.device) -> bool:
+    "Whether pruning again gives the same zeros: a GPU adds the parts of a derivative in any order."
+    parts = parse_method(method)
+    criterion = CRITERIA.get(parts.base)
+    derived = criterion is not None and {*criterion.needs} & {*DERIVATIVES}
+    return module_of(device) is None or not derived or solves(parts) # a walk keeps its finished layers
+
 def finish_cell(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pruner, dense: dict[str, torch.Tensor],
                 bar: tqdm, keep: Keep | None = None) -> None:
     "Prune and measure one cell of the comparison, unless it is finished."
@@ -599,6 +606,10 @@ def finish_cell(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pru
             pruned_anew(ready, folder, cell, pruner, dense, keep)
         bar.update(len(pieces))
     else:
+        if report_file(folder, cell).exists() and not repeatable(cell[0], ready.model.device):
+            log.info("%s is pruned and measured anew, since its zeros depend on derivatives", cell_name(*cell))
+            report_file(folder, cell).unlink()
+            shutil.rmtree(piece_folder(folder, *cell, ""), ignore_errors=True)
         put_back(ready.model, dense)
         if cell[0] != "dense": bar.set_description(f"{cell[0]} {cell[1]:.0%}, pruning")
         empty = prune_noted(ready, folder, cell, pruner, keep)
@@ -668,7 +679,8 @@ def run_job(
         def pruner(method: str, sparsity: float) -> PruneReport:
             given = Inputs(factors=factors.get(method), calibration=ready.calibration, store=folder/"budgets",
                            batch_tokens=ready.job.model.batch_tokens, seed=ready.job.calibrate.seed,
-                           unfinished=piece_folder(folder, method, sparsity, "layers"))
+                           unfinished=piece_folder(folder, method, sparsity, "layers"),
+                           fingerprint=ready.configuration["model"]["fingerprint"])
             return prune_with(ready.model, method, sparsity, given)
         finish_cells(ready, folder, possible_cells(ready), pruner, finished, keep)
     return folder

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from ..calibration import Calibration, deal_subsets
-from ..core.devices import device_name, device_named, finish, memory_of
+from ..core.devices import device_name, device_named, finish, memory_of, module_of
 from ..core.errors import BadInput, check_at_least, check_choice, validate_arguments
 from ..core.hub import folder_from_hub, Repository, Wanted
 from ..data.problems import is_here, task_family
@@ -479,8 +479,9 @@ def timed_rates(sizes: Sizes, device: str | torch.device | None = None, dtype: s
     batch = BatchShape(rows=max(1, tokens // width), width=width, targets=tokens, most=width)
     full, single = (torch.ones(shape, dtype=torch.int64, device=device) for shape in ((batch.rows, width), (1, 1)))
     whole, least = (seconds_of(lambda ids=ids: model(input_ids=ids, use_cache=False), device) for ids in (full, single))
-    square = torch.rand(1024, 1024, device=device)
-    single = 2 * 1024**3 / seconds_of(lambda: square @ square, device) / 1e12 if dtype != torch.float32 else None
+    side = 1024 if module_of(device) is None else 8192 # a small product keeps a GPU waiting for its launch
+    square = torch.rand(side, side, device=device)
+    single = 2 * side**3 / seconds_of(lambda: square @ square, device) / 1e12 if dtype != torch.float32 else None
     return Rates(memory=free / 1e9, peak=flops_of(one_pass([batch]), layer) / whole / 1e12, single=single,
                  bandwidth=layer.met * dtype.itemsize / least / 1e9, timed=True,
                  name=f"{device_name(device)} ({device}, {dtype})".replace("torch.", ""))

@@ -176,6 +176,7 @@ class Inputs:
     seed: int = 0 # Seed of whatever a method draws at random
     store: Path | None = None # Folder where measurements that take long are kept; None keeps none
     unfinished: Path | None = None # Folder where a solver's finished layers are kept; None keeps none
+    fingerprint: str | None = None # Of the dense model, where it is known
 
     def __post_init__(self):
         object.__setattr__(self, "factors", as_factors(self.factors))

@@ -153,10 +153,10 @@ def streamed_zeros(model: nn.Module, method: str, sparsity: float, inputs: Input
     measured = measurements_for(disk.checkpoint, method, inputs.factors, norms)
     return write_pruned(disk.checkpoint, disk.folder, parts, sparsity, measured, inputs.ties, AT_ONCE)
 
-def walked_zeros(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs, masks: Masks | None,
-                 fingerprint: str | None) -> dict[str, int]: # Module name -> zeros
+def walked_zeros(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs,
+                 masks: Masks | None) -> dict[str, int]: # Module name -> zeros
     "Prune layer after layer, each of them read when its turn comes."
-    if solves(parts): walk_with_hessians(model, parts, sparsity, inputs, masks, fingerprint)
+    if solves(parts): walk_with_hessians(model, parts, sparsity, inputs, masks)
     else:
         scope, criterion = own_scope(parts), CRITERIA[parts.base]
         shares = projection_shares(model, sparsity, inputs, scope)
@@ -170,7 +170,7 @@ def walked_zeros(model: nn.Module, parts: MethodName, sparsity: float, inputs: I
 
 @torch.no_grad()
 def prune_layers(src: str | Path, dst: str | Path, method: str, sparsity: float, inputs: Inputs,
-                 device: str | None = None, fingerprint: str | None = None) -> PruneReport:
+                 device: str | None = None) -> PruneReport:
     "Prune a checkpoint with one layer in memory; every mistake raises `BadInput` and leaves no folder."
     parts, checkpoint = check_walked(method, sparsity), open_checkpoint(src)
     weights, scope, criterion = projections(checkpoint.model), own_scope(parts), CRITERIA.get(parts.base)
@@ -179,8 +179,9 @@ def prune_layers(src: str | Path, dst: str | Path, method: str, sparsity: float,
     check_choice(inputs.ties, TIES, "treatment of ties")
     check_inputs(method, inputs, needs_of(parts))
     block_form(parts, inputs) # or refuse a single example now
-    if inputs.unfinished and solves(parts): fingerprint = fingerprint or checkpoint_fingerprint(src)
     inputs = replace(inputs, factors=laid_out(parts.attribution, inputs.factors))
+    if inputs.unfinished and not inputs.fingerprint and solves(parts):
+        inputs = replace(inputs, fingerprint=checkpoint_fingerprint(src))
     with whole_folder(dst) as part:
         lay_out(checkpoint, part)
         model, masks, reached = model_on_disk(checkpoint, part, device_named(device)), None, ()
@@ -188,5 +189,5 @@ def prune_layers(src: str | Path, dst: str | Path, method: str, sparsity: float,
             zeros, reached = streamed_zeros(model, method, sparsity, inputs)
             masks = lambda p: read_weight(checkpoint, p, part) == 0
         if solves(parts) or masks is None:
-            zeros, reached = walked_zeros(model, parts, sparsity, inputs, masks, fingerprint), ()
+            zeros, reached = walked_zeros(model, parts, sparsity, inputs, masks), ()
     return report_of(weights, zeros, method, sparsity, *reached)

@@ -349,14 +349,13 @@ def solves(parts: MethodName) -> bool:
     "Whether a method takes the walk with Hessians, which keeps finished layers."
     return parts.base in SOLVERS or parts.recovery is not None or with_hessian(parts)
 
-def walk_folder(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs,
-                fingerprint: str | None = None) -> Path | None:
+def walk_folder(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs) -> Path | None:
     "Where the finished layers of a walk through a dense model are kept, by all that their weights follow from."
     if inputs.unfinished is None: return None
     weight, factors = next(model.parameters()), vars(inputs.factors) if inputs.factors else {}
     factors = {name: sha256_of_tensor(value) if isinstance(value, torch.Tensor) else value
                for name, value in factors.items() if name != "kept"}
-    origin = {"model": fingerprint or model_fingerprint(model), "dtype": f"{weight.dtype}",
+    origin = {"model": inputs.fingerprint or model_fingerprint(model), "dtype": f"{weight.dtype}",
               "device": weight.device.type, "calibration": inputs.calibration.fingerprint,
               "batch_tokens": inputs.batch_tokens,
               "method": f"{parts}", "sparsity": sparsity, "shares": inputs.shares, "seed": inputs.seed,
@@ -375,11 +374,11 @@ def block_form(parts: MethodName, inputs: Inputs) -> Form | None:
 
 @torch.no_grad()
 def walk_with_hessians(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs,
-                       masks: Masks | None = None, fingerprint: str | None = None) -> None:
+                       masks: Masks | None = None) -> None:
     "Walk through the layers, prune each and recover; too few examples raise `BadInput` before."
     pattern = pattern_of(own_scope(parts))
     steps, form = recovery_steps(parts.recovery) if parts.recovery else (), block_form(parts, inputs)
-    kept = walk_folder(model, parts, sparsity, inputs, fingerprint)
+    kept = walk_folder(model, parts, sparsity, inputs)
     shares = projection_shares(model, sparsity, inputs, own_scope(parts))
     solver = layer_solver(model, parts, sparsity, inputs, shares, masks)
     if steps: solver = recovering(model, solver, steps, pattern, inputs.seed)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from cap_nb.calibration import Calibration
+from cap_nb.core.devices import device_named
 from cap_nb.core.errors import BadInput, check_choice, check_sparsity, validate_arguments
 from cap_nb.core.files import (
     alone_in, check_disk_room, checkpoint_tensors, opened_tensors, pieces_of, read_object, read_tensors,
@@ -471,6 +472,7 @@ class GivenHessians:
     "Hessians that lie in a folder."
     where: dict[str, tuple[Path, str]] # Module name -> file of its layer, and name of the tensor there
     sequences: int # Sequences that were measured
+    device: torch.device = torch.device("cpu") # Where weights are solved for
     last: list = field(default_factory=list) # Where the tensor read last lies, and the tensor
 
     def read(self, name: str) -> torch.Tensor:
@@ -478,12 +480,12 @@ class GivenHessians:
         if not self.last or self.last[0] != self.where[name]:
             self.last.clear() # the old one goes before the new one comes
             path, tensor = self.where[name]
-            self.last[:] = self.where[name], read_tensors(path, [tensor])[0][tensor]
+            self.last[:] = self.where[name], read_tensors(path, [tensor])[0][tensor].to(self.device)
         return self.last[1]
 
     def norms(self) -> dict[str, torch.Tensor]:
         "The norm of every input feature, by module name: the roots of the diagonals."
-        return {name: (self.read(name).diagonal() / self.sequences).sqrt() for name in self.where}
+        return {name: (self.read(name).diagonal() / self.sequences).sqrt().cpu() for name in self.where}
 
 def open_hessians(folder: str | Path, checkpoint: Checkpoint, fingerprint: str) -> GivenHessians:
     "Compare a folder of Hessians with a checkpoint; what is missing, or of another model, raises `BadInput`."
@@ -528,25 +530,27 @@ def write_solved(checkpoint: Checkpoint, folder: Path, parts: MethodName, sparsi
     "Solve for every weight in scope, or recover what the folder holds, and write it; the zeros by module name."
     zeros, before, once, readers = {}, 0, MadeOnce(), Counter(given.where.values())
     for p in tqdm(projections(checkpoint.model), desc=parts.base, unit="matrix"):
-        weight = read_weight(checkpoint, p)
-        pruned = None if parts.base in SOLVERS else read_weight(checkpoint, p, folder)
+        weight = read_weight(checkpoint, p).to(given.device)
+        pruned = None if parts.base in SOLVERS else read_weight(checkpoint, p, folder).to(given.device)
         if readers[given.where[p.name]] == 1: once = MadeOnce(most=0) # no other projection reads what would be kept
         elif not once.most: once = MadeOnce()
         new = solved_weight(weight, pruned, given.read(p.name), parts, sparsity, p.name, once)
         for piece in pieces_of_weights(checkpoint, [p], p.weight.numel()):
-            write_rows(piece, new[piece.first:piece.last], folder)
+            write_rows(piece, new[piece.first:piece.last].cpu(), folder)
         zeros[p.name], before = int((new == 0).sum()), before + int((weight == 0).sum())
     if parts.base in SOLVERS: warn_of_zeros(before, sum(p.weight.numel() for p in projections(checkpoint.model)))
     return zeros
 
 @torch.no_grad()
 def solve_checkpoint(src: str | Path, dst: str | Path, sparsity: float, hessians: str | Path, method: str = "sparsegpt",
-                     factors: Factors | torch.Tensor | None = None, fingerprint: str | None = None) -> PruneReport:
+                     factors: Factors | torch.Tensor | None = None, fingerprint: str | None = None,
+                     device: str | None = None) -> PruneReport:
     "Solve for a checkpoint's weights without loading it; every mistake raises `BadInput` and leaves no folder."
     parts, checkpoint = check_streamed(method, sparsity, with_hessians=True), open_checkpoint(src)
     weights = projections(checkpoint.model)
     check_pattern_fits(weights, own_scope(parts))
     given = open_hessians(hessians, checkpoint, fingerprint or checkpoint_fingerprint(src))
+    given = replace(given, device=device_named(device))
     measured = None
     if parts.base in STREAMED:
         norms = given.norms() if "norm" in CRITERIA[parts.base].needs else None

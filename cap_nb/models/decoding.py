@@ -277,6 +277,7 @@ class HeldModel:
     "A model as vLLM holds it, with the weights that it had when it was first to write."
     model: torch.nn.Module # A causal language model of transformers
     folder: str # Where it is saved for vLLM
+    room: int = 8192 # Tokens of a prompt and its answer, for which vLLM keeps memory; raised by what needs more
 
     @cached_property
     def writer(self) -> object:
@@ -286,7 +287,9 @@ class HeldModel:
         self.model.save_pretrained(self.folder)
         free, whole = memory_of(self.model.device)
         share = free / whole / 2 # vLLM's builds for processors, too, read it under this name
-        try: return vllm.LLM(model=self.folder, dtype=dtype, skip_tokenizer_init=True, gpu_memory_utilization=share)
+        longest = min(self.room, context_of(self.model.config) or self.room)
+        try: return vllm.LLM(model=self.folder, dtype=dtype, skip_tokenizer_init=True, max_model_len=longest,
+                             gpu_memory_utilization=share)
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:120]
             raise BadInput(f"vLLM could not load the model with {share:.0%} of the memory ({reason}): expected room "
@@ -328,6 +331,9 @@ def generate_with_vllm(held: HeldModel, tokenizer: object, prompts: Sequence[Seq
     check_at_least(max_new_tokens, 1, "max_new_tokens")
     check_room(held.model, prompts, max_new_tokens)
     if not prompts: return []
+    if (longest := max(map(len, prompts)) + max_new_tokens) > held.room: # it is loaded again
+        held.room = longest
+        vars(held).pop("writer", None)
     settings = [vllm.SamplingParams(**draw, max_tokens=max_new_tokens, stop_token_ids=list(stop), detokenize=False)
                 for draw in draws]
     asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]

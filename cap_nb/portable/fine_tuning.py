@@ -9,6 +9,7 @@ __all__ = ['held_zeros', 'HeldZeros', 'recover']
 import importlib.util
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from ..calibration import Calibration
+from ..core.devices import memory_of, module_of
 from ..core.errors import BadInput, check_at_least, validate_arguments
 from ..core.files import alone_in, check_new_folder, remove, sealed, whole_folder, write_json
 from ..data.prompts import Example
@@ -209,6 +211,18 @@ def train_on(model: nn.Module, examples: Sequence[Example], settings: FineTuning
             save_state(folder, trained, [optimiser], follows_from | {"losses": losses})
     return tuple(losses)
 
+# %% ../../nbs/portable/02_fine_tuning.ipynb #1098b357
+def check_room_to_train(model: nn.Module, rank: int | None) -> None:
+    "Raise `BadInput` where a GPU has no room for float32 weights, gradients and AdamW's moments of every weight."
+    more = Counter()
+    for weight in model.parameters() if rank is None else ():
+        more[weight.device] += weight.numel() * (16 - weight.element_size())
+    for device, needed in more.items():
+        if module_of(device) is None or needed <= (free := memory_of(device)[0]): continue
+        raise BadInput(f"Training every weight takes {needed / 2**30:.1f} GiB more on {device}, which has "
+                       f"{free / 2**30:.1f} GiB free: expected room for weights, gradients and AdamW's two moments in "
+                       "float32; give a rank, as --rank 8, or spread the model with --device auto.")
+
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c072
 @dataclass(frozen=True)
 class Recovery:
@@ -236,6 +250,7 @@ def recover(
     check_tuning(settings)
     check_at_least(save_every, 1, "save_every")
     check_all_here(model)
+    check_room_to_train(model, settings.rank)
     held, before, folder = held_parameters(model), model_fingerprint(model), folder and Path(folder)
     zeros, weights = sum(int(each.zeros.sum()) for each in held), sum(each.zeros.numel() for each in held)
     del held # the training holds its own

@@ -153,7 +153,7 @@ def contributions(model: nn.Module, calibration: Calibration, batch_tokens: int 
     "Norm of a neuron's activations times norm of its column of the down projection."
     norms = dense_norms(model, calibration, batch_tokens)
     downs = [p for p in projections(model) if p.role == "down"]
-    return torch.stack([norms[p.name] * p.weight.detach().float().norm(dim=0) for p in downs]).cpu()
+    return torch.stack([(norms[p.name] * p.weight.detach().float().norm(dim=0)).cpu() for p in downs])
 
 def neuron_magnitudes(model: nn.Module, *given: object) -> torch.Tensor:
     "The size of a neuron's rows and column."
