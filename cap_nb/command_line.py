@@ -71,8 +71,8 @@ def parser_sentence(error: Exception) -> str: # The sentence
     return f"{wrong}: expected {expected}; see '{' '.join(('cap', *filter(None, [name])))} --help'."
 
 # %% ../nbs/command_line.ipynb #4c979ac1
-NO_MEMORY = ("There was not enough memory: expected a job that fits this machine; lower the number that was raised, or "
-             "--batch-tokens (a run then needs another --out); 'cap plan' says what fits.")
+NO_MEMORY = ("There was not enough memory: expected a job that fits this machine; lower --batch-tokens (a run then "
+             "needs another --out), or what else was set high; 'cap plan' says what fits.")
 
 def sentence_and_code(error: BaseException) -> tuple[str, int]: # A sentence, and an exit code
     if isinstance(error, BadInput): return str(error), 2
@@ -144,6 +144,16 @@ LIST_READERS = {tuple[int, ...]: read_numbers, tuple[str, ...]: read_names, tupl
                 tuple[float, ...]: read_sparsities}
 LIST_HELP = {"methods": "with commas, or all; the dense model is always measured",
              "accuracy_tasks": "with commas, none for none"} # Others: with commas
+MORE_HELP = { # Settings, or a command's function -> field or parameter -> what has no room behind it
+    "ModelSettings": {"dtype": "fastest is bfloat16 if that is at least 1.25 times as fast here, else float32"},
+    "CalibrateSettings": {"chain_rule": "after it may come, in this order, tokens=200-2000 (a chain's length), "
+                          "solved=0.25-0.75 (share of its problem's tries that are right) and each=2 (chains a problem "
+                          "at most, else 1)"},
+    "SinglePruning": {"method": "cap with --scores, wanda with --norms, alps with --hessians; else alps with "
+                      "--text-share 0.1 from --sparsity 0.5 on, wanda below",
+                      "norms": "it is written in Python, by save_norms; no command makes it"},
+    "plan_command": {"accelerator": "times are a range; what can be replaced: memory in GB, peak and single (float32, "
+                     "for solvers) in TFLOP/s, bandwidth, link and disk in GB/s"}}
 
 Option = namedtuple("Option", "field parameter read") # Field or parameter, how typer reads it, what makes its value
 
@@ -165,8 +175,12 @@ def make_option(field: str, kind: type, default: object, about: str, is_argument
                                   annotation=Annotated[kind, declared])
     return Option(field, parameter, read)
 
+def help_of(described: type | Callable) -> dict[str, str]: # Field or parameter -> its help
+    more = MORE_HELP.get(described.__name__, {})
+    return {name: f"{about}; {more[name]}" if name in more else about for name, about in comments(described).items()}
+
 def options_of(settings: type) -> list[Option]: # One option a field
-    about = comments(settings)
+    about = help_of(settings)
     return [make_option(each.name, each.type, each.default, about[each.name]) for each in fields(settings)]
 
 JOB_OPTIONS = {part.name: options_of(part.default_factory) for part in fields(Job)} # Part of a job -> its options
@@ -285,7 +299,7 @@ TOO_FEW = ("Too few examples and problems for a verdict on any method: --quick s
 # %% ../nbs/command_line.ipynb #6af76c29
 def options_of_command(function: Callable) -> list[Option]: # Its own options and arguments
     "What a command asks for besides a job and other settings."
-    about, own = comments(function), inspect.signature(function).parameters.values()
+    about, own = help_of(function), inspect.signature(function).parameters.values()
     return [make_option(p.name, p.annotation, p.default, about[p.name], p.kind is not p.KEYWORD_ONLY)
             for p in own if p.name not in ("job", "settings", "context")]
 
@@ -453,7 +467,7 @@ def plan_command(
     devices: int = 1, # devices that share the scoring
     tries: int | None = None, # answers to each problem that 'cap chains' is to write; no chains if left out
     probe: bool = True, # time this device on one layer, for the expected times
-    accelerator: str | None = None, # a device not here, as h100 or h100,link=50: a range of times there
+    accelerator: str | None = None, # plan for a100, h100 or h200 in place of this device, or as h100,link=50
 ) -> str:
     "Say what a job will take, from the model's configuration; no weights are loaded."
     from cap_nb.jobs.planning import plan, plan_text
@@ -533,7 +547,7 @@ def score_command(
     job: Job,
     *,
     out: Path, # the new file, NAME.safetensors
-    heads_at_once: int | None = None, # heads of a layer in one pass; as many as fit if left out, and 1 on a processor
+    heads_at_once: int | None = None, # heads of a layer in one pass; if left out as many as fit, on a CPU 1
     store: Path | None = None, # folder where tables of losses are kept for other runs too
     budget: float | None = None, # share of the masked passes to spend, as 0.25, for mean scores; all if left out
     join: bool = False, # help another process that makes the same --out: take units that are left, make no file
@@ -562,7 +576,7 @@ def prune_command(
         job, settings = with_recipe(job, settings, recipe, given)
         from cap_nb.single_steps import recipe_asked, recipe_into, recipe_plan
         recipe_asked(job, settings, RECIPES[recipe].tuning, out) # refuses a folder that does not fit
-        typer.echo(recipe_plan(job, settings))
+        typer.echo(recipe_plan(job, settings, RECIPES[recipe].tuning))
         lines, answers = recipe_into(job, settings, RECIPES[recipe].tuning, out)
         return "\n".join([*lines, "", table_text(answers)])
     job, settings, why = with_method(job, settings, bool(given_in(context, ("text_share", "calibrate_on"))))
@@ -572,8 +586,8 @@ def prune_command(
                        "it to 'cap hessians' or 'cap score', or leave it out.")
     report = prune_into(job, settings, out)
     said = (f"{out}: {settings.method} set {report.zeros:,} of {report.weights:,} weights in scope of "
-            f"{job.model.name} to zero ({report.reached:.4%}, {settings.sparsity:.4%} asked).\nThe zeros are "
-            "unstructured: by themselves they make the checkpoint neither smaller nor faster; 'cap export' packs it.")
+            f"{job.model.name} to zero ({report.reached:.4%}, {settings.sparsity:.4%} asked).\nBy themselves "
+            "the zeros make the checkpoint neither smaller nor faster; 'cap export' packs it.")
     return f"{why}\n{said}" if why else said
 
 NOT_BY_HARNESS = ("scores", "tasks", "spare", "accuracy_tasks", "evaluate_on", "evaluate_n", "loss_n", "choice_n",
@@ -652,8 +666,8 @@ def recover_command(
     "Train a pruned model further while every zero stays zero, and save it; resumable."
     from cap_nb.single_steps import train_into
     report = train_into(job, settings, out, teacher)
-    return (f"{out}: {len(report.losses)} steps, the loss of the first {report.losses[0]:.4f}, of the last "
-            f"{report.losses[-1]:.4f}; {report.zeros:,} of {report.weights:,} weights in scope are zero, as before.")
+    return (f"{out}: {len(report.losses)} steps, the loss of the first {report.losses[0]:.4g}, of the last "
+            f"{report.losses[-1]:.4g}; {report.zeros:,} of {report.weights:,} weights in scope are zero, as before.")
 
 @command(PRUNED, "model", "calibrate", "aggregation", "score_target", without=("calibration_seed",), settings=Shrinking)
 def shrink_command(
@@ -665,11 +679,11 @@ def shrink_command(
     "Cut whole neurons, and key-value heads with --groups, out of a model, and save the smaller one."
     from cap_nb.single_steps import shrink_into
     report = shrink_into(job, settings, out)
-    return ("Mean loss of the calibration examples: {:.4f} nats before, {:.4f} after.\n".format(*report.losses)
+    return ("Mean loss of the calibration examples: {:.4g} nats before, {:.4g} after.\n".format(*report.losses)
             + f"{out}: {report.before - report.weights:,} of {report.before:,} weights in scope are cut out "
             f"({1 - report.weights / report.before:.4%}, {settings.sparsity:.4%} asked); a layer keeps "
             f"{report.neurons[0]} of {report.neurons[1]} neurons and {report.groups[0]} of {report.groups[1]} "
-            "key-value heads.\nThe folder is smaller by itself, and less accurate: 'cap eval' measures by how much, "
+            "key-value heads.\nThe folder is smaller by itself. What it lost on other problems, 'cap eval' measures, "
             "and 'cap recover' trains it. Whether it is faster here, "
             f"'cap bench {out} --against {job.model.name}' tells.")
 

@@ -462,15 +462,18 @@ def recipe_begun(job: Job, tuning: FineTuning | None, asked: list, out: Path) ->
     write_checked(out/"recipe.json", noted)
     return filled_in(job, tokenizer)
 
-def recipe_plan(job: Job, pruning: SinglePruning) -> str: # Markdown
+BENCHED = 50 # Problems of each task that are answered before and after, or as many as the smallest task has
+
+def recipe_plan(job: Job, pruning: SinglePruning, tuning: FineTuning | None) -> str: # Markdown
     "What a recipe will take, from the model's configuration; chains are counted as long as gold solutions."
     own = job.calibrate.calibrate_on == OWN
     if own: job = changed(job, calibrate_on="gold", chain_rule="right")
-    measured = {"accuracy_tasks": (), "loss_n": 0, "windows": 0}
-    return plan_text(plan(changed(job, methods=(pruning.method,), sparsities=(pruning.sparsity,), **measured),
-                          tries=1 if own else None))
-
-BENCHED = 50 # Problems of each task that are answered before and after, or as many as the smallest task has
+    measured = {"evaluate_n": BENCHED, "loss_n": 0, "windows": 0}
+    planned = plan(changed(job, methods=(pruning.method,), sparsities=(pruning.sparsity,), **measured),
+                   tries=1 if own else None)
+    rest = f" Not in this plan: the training of {tuning.steps} steps that follows." if tuning else ""
+    return (f"{plan_text(planned)}\n\nThe recipe does all of this in one folder; up to {BENCHED} problems of each task "
+            f"are answered by the model as it is, and by the last one.{rest}")
 
 def benched(job: Job, model: str, out: Path) -> Evaluation: # What it answered; read where it is there
     where = {"data_dir": job.calibrate.data_dir, "split": job.evaluate.evaluate_on}

@@ -313,6 +313,7 @@ def test_a_recipe_does_the_whole_and_goes_on_where_it_stopped(tmp_path, monkeypa
     assert "calibration_tokens 300, chain_rule all" in card and "on chains" in card and "text_share 0.1" in card and "`wanda`" in card
     assert [len(load_evaluation(tmp_path / "r" / name).answers) for name in ("before", "after")] == [4, 4]
     assert "\n| trained |" in result.stdout, result.stdout
+    assert "| evaluating one model |" in result.stdout and "up to 2 problems of each task are answered" in result.stdout and "the training of 2 steps that follows" in result.stdout
     assert "README.md" in {path.name for path in (tmp_path / "r" / "trained").iterdir()}
     assert_one_sentence(cap(*words, "--sparsity", "0.4"), "holds a recipe with other settings: expected --sparsity 0.5; give")
     export_folder(tmp_path / "r" / "trained", tmp_path / "small")

@@ -307,6 +307,7 @@ def test_smaller_batches_and_fewer_examples_that_are_named_do_fit():
             again = gpu(17, batch_tokens=batch_tokens)
             return again.needed(next(stage for stage in again.stages if sentence.lower().startswith(stage.name.lower())))
         assert needed(tokens) <= 17 * GIB < needed(2 * tokens)
+    assert any("; beside the weights the largest part is keys and values: " in sentence for sentence in advice), "weights take more"
     sentence = next(sentence for sentence in plan_advice(gpu(19, n=4000, batch_tokens=512, tasks=("gsm8k",))) if sentence.startswith("Pruning layer by layer"))
     n = int(sentence.split("--n ")[1].split()[0])
     assert 0 < n < 4000 and not any(sentence.startswith("Pruning layer by layer") for sentence in plan_advice(gpu(19, n=n, batch_tokens=512, tasks=("gsm8k",))))
@@ -443,10 +444,12 @@ def test_a_plan_by_tokens():
 def test_the_text_says_where_the_numbers_come_from():
     said = plan_text(gpu(80))
     for part in ("published configuration, not read from a file", "no weights were read", "1,024 heads", "assumed", "No times: this device was not timed", "estimate",
-                 "8,030,261,248, 6,979,321,856 of them in scope", "80.0 GiB on a device"):
+                 "8,030,261,248, of which 6,979,321,856 are in scope", "80.0 GiB on a device"):
         assert part in said
+    assert "every answer takes" not in said, "a range of times needs times"
     timed = plan_text(plan(changed(Job(), name="lab", n=2, batch_tokens=512), rates="timed"))
     assert "counted on the calibration set itself" in timed and "one batch through one layer" in timed and "not timed" not in timed
+    assert "all of its 192 tokens; at the least as many as the worked solution, or a quarter of the limit where that is more." in timed
 
 
 def test_devices_that_are_not_here_bound_every_stage():
@@ -482,7 +485,7 @@ def test_the_plan_says_how_many_problems_and_a_comparison_what_it_could_tell():
     text = cap("compare", lab, "--methods", "cap", "--against", "wanda", "--sparsity", "0.5").stdout
     alone = {"Lab GSM8K": 24.5, "Lab StrategyQA": 29.5, "Lab ARC-C.": 10.0}
     for task, share in alone.items():
-        assert f"- {task}: 200 problems, of which one method alone solves {share} %, could have shown a difference of {least_told(200, share / 100):.1f} points (" in text
+        assert f"- {task}: 200 problems, of which exactly one of the two methods solves {share} %; the least difference that they could have shown is {least_told(200, share / 100):.1f} points (" in text
     assert "could have shown" not in cap("compare", lab, "--methods", "cap", "--against", "wanda", "--form", "csv").stdout
     assert ".\n\nPublished perplexities are of Llama-2-7B" in cap("compare", lab, "--methods", "cap", "--against", "wanda", "--with", "published").stdout
 

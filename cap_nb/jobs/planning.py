@@ -780,7 +780,7 @@ def stage_advice(p: Plan, stage: Stage) -> str:
     "What to do about a stage that needs too much beside weights that fit."
     load, free, largest = p.load, p.free, max(stage.memory, key=stage.memory.get)
     start = (f"{stage.name[0].upper()}{stage.name[1:]} needs {bytes_text(p.needed(stage))} at its fullest and a "
-             f"device has {bytes_text(free)}, most of it for {largest}: ")
+             f"device has {bytes_text(free)}; beside the weights the largest part is {largest}: ")
     tokens, longest = load.job.model.batch_tokens // 2, max(len(length.input_ids) for length in load.lengths)
     while tokens >= longest: # the largest half, quarter, ... of a batch that fits
         smaller = planned_stages(replace(load, job=changed(load.job, batch_tokens=tokens)))
@@ -829,12 +829,12 @@ def model_lines(p: Plan) -> list[str]:
     lines = [
         f"- Model: {s.layers} layers of {s.heads} heads ({s.key_value_heads} key-value heads of size {s.head_size}), "
         f"hidden size {s.hidden_size:,}, vocabulary {s.vocabulary:,}.",
-        f"- Weights: {s.parameters:,}, {s.scope:,} of them in scope; {bytes_text(p.weights)} in "
+        f"- Weights: {s.parameters:,}, of which {s.scope:,} are in scope; {bytes_text(p.weights)} in "
         f"{load.dtype}.",
         f"- Calibration: {len(load.lengths):,} examples of {', '.join(data.tasks)} in {data.k} subsets; lengths "
         f"{p.lengths_from}.",
-        f"- Tokens: {load.tokens:,}, {sum(length.target for length in load.lengths):,} of them targets; in batches of "
-        f"up to {load.job.model.batch_tokens:,} tokens ({len(load.batches)} in all), {padding:.1%} padding."]
+        f"- Tokens: {load.tokens:,}, of which {sum(length.target for length in load.lengths):,} are targets; in "
+        f"batches of up to {load.job.model.batch_tokens:,} tokens ({len(load.batches)} in all), {padding:.1%} padding."]
     scoring, whole = (flops_of(work(s, load.batches), s) for work in (scoring_work, hook_loop_work))
     if scores_heads(load.job) and load.job.prune.budget is not None:
         spent = p.stage(SCORING).flops
@@ -842,7 +842,7 @@ def model_lines(p: Plan) -> list[str]:
                      "of the whole table's, slopes and intact passes included.")
     elif scores_heads(load.job):
         lines.append(f"- Scoring: {s.layers * s.heads:,} heads, so {len(load.batches) * (1 + s.layers * s.heads):,} "
-                     f"passes; the hook loop computes {whole / scoring:.1f} times as much.")
+                     f"passes; a whole pass for every head would compute {whole / scoring:.1f} times as much.")
     if any(solver_names(method) or with_hessian(parse_method(method)) for method in load.job.prune.methods):
         fewest = min(load.tokens * share / width for width, _, share, _ in s.inputs)
         lines.append(f"- Hessians: sums over up to {load.tokens:,} tokens, at least {fewest:.1f} for each column.")
@@ -871,9 +871,9 @@ def time_lines(p: Plan) -> list[str]:
     load, r = p.load, p.rates
     parts = "a scoring, " * scores_heads(load.job) + f"the prunings and the evaluation of {len(p.cells)} models"
     line = f"The whole of 'cap run' is {parts}" + (f": {range_text(run_seconds(p))}, an estimate." if r else ".")
-    if load.answers:
-        line += (f" At the most every answer takes all of its {limits_text(load.answers)} tokens; at the least it is "
-                 "as long as the worked solutions, or a quarter of that.")
+    if load.answers and r:
+        line += (f" At the most every answer takes all of its {limits_text(load.answers)} tokens; at the least as many "
+                 "as the worked solution, or a quarter of the limit where that is more.")
     named = {parse_method(method).attribution for method in load.job.prune.methods} - {None, *READINGS}
     if named: line += f" Not counted: the attributions {', '.join(sorted(named))}."
     if r is None: source = "No times: this device was not timed."
@@ -899,7 +899,7 @@ def memory_lines(p: Plan) -> list[str]:
     return [f"The weights take {bytes_text(p.each)} on each device; parts that take turns (a layer, logits, scores, a "
             f"matrix solved) are not added up. 'cap run' keeps a copy of the weights in scope in main memory: "
             f"{bytes_text(p.copy)}.",
-            f"There is: {bytes_text(p.free)} on a device{f', {bytes_text(p.main)} of main memory' if p.main else ''}."]
+            f"Available: {bytes_text(p.free)} on a device{f', {bytes_text(p.main)} of main memory' if p.main else ''}."]
 
 # %% ../../nbs/jobs/04_planning.ipynb #c064
 @validate_arguments

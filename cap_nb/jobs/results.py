@@ -219,8 +219,8 @@ def least_told(n: int, discordant: float) -> float: # Points; NaN where none can
 def detection_text(points: float, discordant: float) -> str:
     "How many problems tell two methods apart, in a sentence."
     n = problems_needed(points, discordant)
-    return (f"To tell a difference of {points:g} points: {n:,} problems of each task (--evaluate-n {n}), if one of the "
-            f"two methods alone solves {100 * discordant:g} % of them; about 80 % power, McNemar's test at 5 %, "
+    return (f"To tell a difference of {points:g} points: {n:,} problems of each task (--evaluate-n {n}), if exactly "
+            f"one of the two methods solves {100 * discordant:g} % of them; about 80 % power, McNemar's test at 5 %, "
             "one comparison.")
 
 def least_to_most(values: Sequence[float], spelt: str) -> str:
@@ -236,11 +236,12 @@ def told_text(comparisons: Mapping[tuple[str, str, float, str], Comparison]) -> 
     lines = []
     for task, those in by_task.items():
         told = [least for c in those if not math.isnan(least := least_told(c.n, c.alone / c.n))]
-        points = f"a difference of {least_to_most(told, '.1f')} points" if told else "no difference"
+        points = (f"the least difference that they could have shown is {least_to_most(told, '.1f')} points" if told
+                  else "they could have shown no difference")
         few = ", and none where too few problems differ" if told and len(told) < len(those) else ""
-        lines.append(f"- {task}: {least_to_most([c.n for c in those], ',')} problems, of which one method alone solves "
-                     f"{least_to_most([100 * c.alone / c.n for c in those], '.1f')} %, could have shown "
-                     f"{points}{few} (about 80 % power at 5 %, before Holm's correction).\n")
+        lines.append(f"- {task}: {least_to_most([c.n for c in those], ',')} problems, of which exactly one of the two "
+                     f"methods solves {least_to_most([100 * c.alone / c.n for c in those], '.1f')} %; {points}{few} "
+                     "(about 80 % power at 5 %, before Holm's correction).\n")
     return "".join(lines)
 
 # %% ../../nbs/jobs/07_results.ipynb #fcf05722

@@ -21,8 +21,8 @@ from ..core.errors import (
 @dataclass(frozen=True)
 class ModelSettings:
     "Which model, and how it is run."
-    name: str = "lab" # lab, lab-moe, smollm2, a folder, or a hub id (owner/name@commit)
-    dtype: str | None = None # float32, bfloat16, float16, or fastest, tried here; as stored if left out, labs float32
+    name: str = "lab" # lab, lab-moe, smollm2, a folder, a GGUF file, or a hub id (owner/name@commit)
+    dtype: str | None = None # float32, bfloat16, float16, or fastest; if left out as stored, labs and GGUF float32
     device: str | None = None # cpu, cuda, cuda:N, or auto to spread a large model; cuda if there is one
     batch_tokens: int = 4096 # tokens a batch, with padding; fewer take less memory
 
@@ -35,14 +35,14 @@ class CalibrateSettings:
     style: str | None = None # how prompts are put: paper, answer-line, boxed or lab; the model's own if left out
     n: int = 128 # calibration examples a task
     calibration_tokens: int | None = None # tokens of the whole calibration set, in place of --n examples a task
-    k: int = 3 # subsets that they are cut into; a head's score is a median over these
+    k: int = 3 # disjoint subsets of the examples; a head's score is their median, or with --aggregation mean their mean
     seed: int = 0 # seed of every random draw
     calibration_seed: int | None = None # seed of the calibration draw alone; as --seed if left out
     calibrate_on: str = "gold" # gold for worked solutions, text for plain text, or a file of chains from cap chains
-    chain_rule: str = "right" # of a file of chains: right or all, as right,tokens=200-2000,solved=0.25-0.75,each=2
+    chain_rule: str = "right" # which chains of the file are used: right or all, as right,tokens=200-2000,each=2
     text_share: float = 0.0 # share of the examples, or of --calibration-tokens, that is plain text, in [0, 1)
     spare: tuple[str, ...] = () # tasks whose problems are not calibrated on, as gsm8k_fresh for a later run
-    calibration_text: str | None = None # the plain text to calibrate on; as --text if left out
+    calibration_text: str | None = None # text to calibrate on: wikitext2, lab-text or a plugin's; as --text if left out
     text_tokens: int = 256 # tokens a window of plain text to calibrate on; papers on Wanda and SparseGPT take 2,048
 
 # %% ../../nbs/jobs/01_settings.ipynb #c010
@@ -62,11 +62,11 @@ class EvaluateSettings:
     accuracy_tasks: tuple[str, ...] | None = None # tasks whose answers are generated; as --tasks if left out
     evaluate_n: int = 200 # problems a task whose answers are generated
     loss_n: int = 100 # problems a task for held-out loss; 0 for none
-    choice_n: int = 0 # problems a task of --tasks with options, as ARC, whose options' probabilities are compared
+    choice_n: int = 0 # problems of each of --tasks that has options, as ARC, to compare their probabilities; 0 for none
     shots: int = 0 # worked examples in front of each problem that is answered, drawn from the calibration split
     samples: int = 1 # answers to each problem; from 2 on they are drawn, and accuracy is their mean, pass@1
-    temperature: float = 0.0 # with --samples: temperature of the drawn answers; 0 is greedy
-    top_p: float = 1.0 # with --samples: the likeliest tokens may be drawn that reach this probability together
+    temperature: float = 0.0 # temperature of drawn answers, above 0; needed with --samples 2 or more, and only there
+    top_p: float = 1.0 # with --samples: draw only among the likeliest tokens whose probabilities add up to this
     max_new_tokens: int | None = None # tokens an answer may take; if left out 192 for the lab's tasks, 512 for others
     text: str | None = None # text for perplexity: wikitext2 or lab-text; the model's own if left out
     windows: int = 100 # windows of the text that are read; 0 for no perplexity
@@ -225,13 +225,13 @@ def recommended_method(sparsity: float) -> tuple[str, float]: # Name of the meth
 @dataclass(frozen=True)
 class SinglePruning:
     "How `cap prune` prunes a model."
-    method: str | None = None # one of 'cap methods'; if left out, alps with --text-share 0.1 from 0.5 on, else wanda
+    method: str | None = None # one of 'cap methods'; if left out the recipe's, or what fits the given file or sparsity
     sparsity: float = 0.5 # share of the weights in scope to zero, in [0, 1)
     scores: Path | None = None # table of losses, made by cap score
     key_value: str = "mean" # importance of a key-value head from its query heads': mean or max
     ties: str = "exact" # scores equal to the threshold: exact prunes as many as asked, all every one
     stream: bool = False # prune a folder's checkpoint with one layer in memory, or none where nothing is measured
-    norms: Path | None = None # with --stream: norms of the dense model's inputs (save_norms), so that no layer is run
+    norms: Path | None = None # with --stream: file of the dense model's input norms, so that no layer is run
     hessians: Path | None = None # with --stream: Hessians of the dense model (cap hessians), so that no layer is run
 
 # %% ../../nbs/jobs/01_settings.ipynb #ee84d30a
@@ -283,15 +283,15 @@ class Shrinking:
     no_fit: bool = False # leave what stays as it is, instead of fitting it by least squares
     scores: Path | None = None # table of losses for the heads, made by cap score; first-order if left out
 
-DISCORDANT = 0.15 # Share of the problems that one of two pruned models alone solves, as seen in jobs/07_results
+DISCORDANT = 0.15 # Share of the problems that exactly one of two pruned models solves, as seen in jobs/07_results
 
 @dataclass(frozen=True)
 class Planning:
     "What `cap plan` takes for granted, and what else it is to say."
     prompt_tokens: int | None = None # tokens of every prompt; counted or assumed if left out
     target_tokens: int | None = None # tokens of every target; counted or assumed if left out
-    detect: float | None = None # a difference in points, as 3: how many problems tell it
-    discordant: float | None = None # share of the problems that one of two methods alone solves; 0.15 if left out
+    detect: float | None = None # also say how many problems it takes to tell a difference of so many points, as 3
+    discordant: float | None = None # share of problems that exactly one of two methods solves; 0.15 if left out
 
 # %% ../../nbs/jobs/01_settings.ipynb #09b63bf5
 @dataclass(frozen=True)

@@ -389,7 +389,7 @@ class Sampling:
     temperature: float = 0.7 # Divides the logits; below 1 likely tokens become likelier
     top_k: int | None = 50 # How many of the likeliest tokens may be drawn; None: all
     seed: int = 0 # Of the draws, together with the name of each row
-    top_p: float = 1.0 # The likeliest tokens may be drawn that reach this probability together
+    top_p: float = 1.0 # Only the likeliest tokens whose probabilities add up to this may be drawn
     samples: int = 1 # Answers to each problem, where problems are answered
 
 def check_sampling(sampling: Sampling) -> None:

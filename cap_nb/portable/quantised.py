@@ -316,7 +316,7 @@ def gguf_sentence(report: GGUFReport) -> str: # A sentence or two
     about = f"its tokenizer cuts text as {name} does" if name else (
         "without a tokenizer, since llama.cpp has no name for its way of cutting text")
     return (f"{report.file}: {report.dtype}, {report.bytes:,} bytes, {about}. Of {zeros.weights:,} weights in matrices "
-            f"{zeros.before:,} were zero; {zeros.kept:,} of these are, and {zeros.more:,} others became so.")
+            f"{zeros.before:,} were zero; {zeros.kept:,} of these still are, and {zeros.more:,} others became zero.")
 
 def export_sentence(folder: Path, out: Path, base: str | Path | None) -> str:
     "Write a folder as GGUF in 16 bits, and say what became of its zeros."
