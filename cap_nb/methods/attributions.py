@@ -361,13 +361,11 @@ def relevance(model: nn.Module, calibration: Calibration, batch_tokens: int = 40
     return sum(head_relevance(model, batch).sum(0) for _, batch in batches) / len(calibration.examples)
 
 # %% ../../nbs/methods/06_attributions.ipynb #49249252
-from cap_nb.core.registry import ATTRIBUTIONS
+from cap_nb.core.registry import ATTRIBUTIONS, Described
 
 @dataclass(frozen=True)
-class Attribution:
+class Attribution(Described):
     "A way of giving every head an importance."
-    summary: str # What it measures, in a line
-    source: str # Where it comes from
     compute: Callable[..., torch.Tensor] # (model, calibration, batch_tokens=..., options) -> float64 [L, H]
 
 ATTRIBUTIONS.update({
