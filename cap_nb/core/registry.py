@@ -37,6 +37,12 @@ class FolderLoader:
     files: Callable[[Path], list[Path]] # Folder -> the files that it needs
 
 @dataclass(frozen=True)
+class Described:
+    "What a name among the methods stands for."
+    summary: str # What it does, in a line
+    source: str # Where it comes from
+
+@dataclass(frozen=True)
 class ExportFormat:
     "A form in which a pruned folder leaves the kit."
     summary: str # What is kept, in a few words

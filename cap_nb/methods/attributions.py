@@ -13,9 +13,8 @@ from torch import nn
 from cap_nb.calibration import Calibration
 from cap_nb.data.prompts import IGNORED, collate
 from cap_nb.models.anatomy import (
-    anatomy, decoded, decoder_layers, dimensions, expert_projections, output_projection, Projection,
-    projections, Routing, routing_of)
-from cap_nb.models.interventions import all_of, changed_input, changed_output, chosen_experts, input_of_down, watching
+    anatomy, decoded, decoder_layers, dimensions, output_projection, Projection, projections, Routing, routing_of)
+from cap_nb.models.interventions import all_of, changed_input, changed_output, chosen_experts, experts_output, watching
 from cap_nb.scoring import batches_of, causal_scores, mean_by_example
 
 def gated_heads(model: nn.Module, gates: torch.Tensor) -> AbstractContextManager[None]:
@@ -281,7 +280,6 @@ def projection_rules(model: nn.Module, attention: str) -> Iterator[AbstractConte
         elif p.role == "down" and gated and not stacked: yield halved_input(p.module)
 
 # %% ../../nbs/methods/06_attributions.ipynb #fdd0bef4
-import torch.nn.functional as F
 from cap_nb.models.families import clamped_product
 
 def clamped_rule(holder: object, gate: torch.Tensor, up: torch.Tensor, one: float | torch.Tensor = 1.0) -> torch.Tensor:
@@ -292,18 +290,6 @@ def clamped_rule(holder: object, gate: torch.Tensor, up: torch.Tensor, one: floa
 
 PRODUCT_RULES = {clamped_product: clamped_rule} # What a family puts between gate and up -> its rule
 
-def experts_under_rule(routing: Routing, layer: int, hidden: torch.Tensor, chosen: torch.Tensor,
-                       weights: torch.Tensor) -> torch.Tensor: # What they add, [tokens, hidden]
-    "What stacked experts return, computed once more from their description."
-    total, matrices = torch.zeros_like(hidden), expert_projections(routing, layer)
-    for expert in chosen.unique().tolist():
-        by_role = {p.role: p for p in matrices if p.expert == expert}
-        tokens = (chosen == expert).any(-1).nonzero()[:, 0]
-        inner, down = input_of_down(routing, expert, by_role, hidden[tokens]), by_role["down"]
-        weight = (weights * (chosen == expert)).sum(-1)[tokens, None].detach()
-        total = total.index_add(0, tokens, (F.linear(inner, down.weight, down.bias) * weight).to(total))
-    return total
-
 @contextmanager
 def product_rule(routing: Routing, layer: int) -> Iterator[None]:
     "While the block runs, what the experts return is differentiated by the rule of their product."
@@ -312,7 +298,7 @@ def product_rule(routing: Routing, layer: int) -> Iterator[None]:
     def note_choice(output: object) -> None: choices.append(chosen_experts(routing, output))
     def under_rule(output: torch.Tensor) -> torch.Tensor:
         hidden = read.pop().flatten(0, -2)
-        formula = experts_under_rule(ruled, layer, hidden, *choices.pop())
+        formula = experts_output(ruled, layer, hidden, *choices.pop())
         return with_gradient_of(output, formula.view_as(output))
     with changed_input(routing.experts, watching(read.append)), changed_output(routing.experts, under_rule):
         with changed_output(routing.router, watching(note_choice)): yield
@@ -375,13 +361,11 @@ def relevance(model: nn.Module, calibration: Calibration, batch_tokens: int = 40
     return sum(head_relevance(model, batch).sum(0) for _, batch in batches) / len(calibration.examples)
 
 # %% ../../nbs/methods/06_attributions.ipynb #49249252
-from cap_nb.core.registry import ATTRIBUTIONS
+from cap_nb.core.registry import ATTRIBUTIONS, Described
 
 @dataclass(frozen=True)
-class Attribution:
+class Attribution(Described):
     "A way of giving every head an importance."
-    summary: str # What it measures, in a line
-    source: str # Where it comes from
     compute: Callable[..., torch.Tensor] # (model, calibration, batch_tokens=..., options) -> float64 [L, H]
 
 ATTRIBUTIONS.update({

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from cap_nb.calibration import Calibration
 from cap_nb.core.errors import BadInput, check_at_least, check_sparsity, validate_arguments
 from cap_nb.core.files import alone_in, is_intact, json_text, read_tensors, sha256_of_text, write_tensors
-from cap_nb.core.registry import ALLOCATIONS
+from cap_nb.core.registry import ALLOCATIONS, Described
 from cap_nb.data.prompts import token_batches
 from cap_nb.methods.criteria import dense_norms, Inputs
 from cap_nb.methods.layer_walk import advanced, BatchState
@@ -56,10 +56,8 @@ def spread_sparsity(signal: Sequence[float], weights: Sequence[int], sparsity: f
 Shares = Callable[[nn.Module, Inputs, float], dict[str, float]] # Model, inputs, sparsity -> share of every projection
 
 @dataclass(frozen=True)
-class Allocation:
+class Allocation(Described):
     "A way to give each projection its own share of zeros."
-    summary: str # What it looks at, in a few words
-    source: str # Where it comes from
     needs: tuple[str, ...] # Fields of `Inputs` that must be there
     shares: Shares # The share of every projection, whose mean over the weights is the sparsity asked for
     measures: tuple[str, ...] = () # What it measures on the dense model, for plans: "norm", "gradient", "spectrum"

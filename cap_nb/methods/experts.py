@@ -16,6 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from cap_nb.calibration import Calibration
 from cap_nb.core.errors import BadInput
+from cap_nb.core.registry import Described
 from cap_nb.data.prompts import IGNORED
 from cap_nb.importance import importance_factors
 from cap_nb.methods.layer_walk import check_finite_table
@@ -232,10 +233,8 @@ def masked_expert_factors(experts: HeadLosses, losses: HeadLosses, how: str = "p
 
 # %% ../../nbs/methods/21_experts.ipynb #c068
 @dataclass(frozen=True)
-class UnitAttribution:
+class UnitAttribution(Described):
     "A way of giving experts or neurons their factors, and heads theirs."
-    summary: str # What it measures, in a line
-    source: str # Where it comes from
     measure: Callable[..., RoutedLosses | HeadLosses | torch.Tensor] # (model, calibration, tokens a batch) -> a table
     factors: Callable[..., Factors] # (that table, the heads' losses, aggregation) -> factors of heads and units
 

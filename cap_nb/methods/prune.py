@@ -17,7 +17,7 @@ from cap_nb import __version__
 from cap_nb.calibration import Calibration
 from cap_nb.core.errors import BadInput, check_choice, check_sparsity, validate_arguments
 from cap_nb.core.files import json_text, sha256_of_tensor, sha256_of_text
-from cap_nb.core.registry import ADDED, additions_noted, ALLOCATIONS, ATTRIBUTIONS, RECOVERIES, SOLVERS
+from cap_nb.core.registry import ADDED, additions_noted, ALLOCATIONS, ATTRIBUTIONS, Described, RECOVERIES, SOLVERS
 from cap_nb.importance import importance_factors
 from cap_nb.methods.block import Form, FORMS, rebuild, targets_of, training_tokens
 from cap_nb.methods.budgets import BudgetSettings
@@ -55,20 +55,14 @@ class MethodName:
 NAME = re.compile(r"(?P<base>\w+)(?:\.(?P<attribution>\w+))?(?:@(?P<scope>[\w:]+))?"
                   r"(?:\+(?P<allocation>\w+))?(?:\^(?P<recovery>[\w^]+))?(?:~(?P<variant>[\w-]+))?")
 
-@dataclass(frozen=True)
-class Step:
-    "What a name stands for besides a criterion: a solver, a recovery, or a method that is neither."
-    summary: str # What it does, in a few words
-    source: str # Where it comes from
-
-RECOVERIES["swaps"] = Step("then zeros change places within their row while the layer's error falls",
-                           "Zimmer et al. 2025")
-RECOVERIES["update"] = Step("then least squares for the weights that stay", "Meng et al. 2024")
-RECOVERIES.update({name: Step(form.says, "after Guo et al. 2024") for name, form in FORMS.items()})
-SOLVERS["sparsegpt"] = Step("the least error layer by layer, with updates of the weights that stay",
-                            "Frantar and Alistarh 2023")
-SOLVERS["alps"] = Step("zeros and weights that stay sought together, layer by layer, in 2 to 6 times SparseGPT's time",
-                       "Meng et al. 2024")
+RECOVERIES["swaps"] = Described("then zeros change places within their row while the layer's error falls",
+                                "Zimmer et al. 2025")
+RECOVERIES["update"] = Described("then least squares for the weights that stay", "Meng et al. 2024")
+RECOVERIES.update({name: Described(form.says, "after Guo et al. 2024") for name, form in FORMS.items()})
+SOLVERS["sparsegpt"] = Described("the least error layer by layer, with updates of the weights that stay",
+                                 "Frantar and Alistarh 2023")
+SOLVERS["alps"] = Described(
+    "zeros and weights that stay sought together, layer by layer, in 2 to 6 times SparseGPT's time", "Meng et al. 2024")
 @dataclass(frozen=True)
 class Reading:
     "A reading of the paper: its scores from the same table of losses, its regions from the same heads."
@@ -91,8 +85,8 @@ def reading_of(attribution: str | None) -> Reading:
     "The reading that an attribution names; for any other the one that the kit takes."
     return READINGS.get(attribution, Reading("a mean an example, and every head's own rows and columns"))
 
-OTHERS = {"dense": Step("prunes nothing", "the model as it is"),
-          "heads": Step("whole heads, the least causal first", "the paper, section 6"), **SOLVERS} # No criteria
+OTHERS = {"dense": Described("prunes nothing", "the model as it is"),
+          "heads": Described("whole heads, the least causal first", "the paper, section 6"), **SOLVERS} # No criteria
 
 # %% ../../nbs/methods/24_prune.ipynb #1a7234a0
 def recovery_steps(name: str) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 import torch
-import torch.nn.functional as F
 from torch import nn
 from cap_nb.core.errors import BadInput, validate_arguments
 from cap_nb.models.anatomy import (
@@ -18,7 +17,7 @@ from cap_nb.models.anatomy import (
     projections, routing_of)
 from cap_nb.models.families import HOLDS
 from cap_nb.models.interventions import (
-    all_of, changed_input, changed_output, masked_expert, recorded_inputs, recorded_routes, watching)
+    all_of, changed_input, changed_output, chosen_experts, experts_output, masked_expert, watching)
 from cap_nb.models.replay import first_of
 
 # %% ../../nbs/models/09_checks.ipynb #c005
@@ -65,17 +64,11 @@ def check_rows(model: nn.Module, layer: int, ids: torch.Tensor) -> None:
 @torch.no_grad()
 def added_by_experts(model: nn.Module, layer: int, ids: torch.Tensor) -> torch.Tensor:
     "What the experts of a layer add to the output of their block, by the description, float32 [tokens, hidden]."
-    outputs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {} # Expert -> its tokens, and what it makes of them
-    def multiply(p: Projection, rows: torch.Tensor, tokens: torch.Tensor | None) -> None:
-        if p.expert is not None and p.role == "down": outputs[p.expert] = tokens, F.linear(rows, p.weight, p.bias)
-    of_layer = [p for p in projections(model) if p.layer == layer]
-    with recorded_routes(model) as routes, recorded_inputs(of_layer, multiply): model(input_ids=ids, use_cache=False)
-    route = next(route for route in routes if route.layer == layer)
-    added = torch.zeros(ids.numel(), model.config.hidden_size, device=next(iter(outputs.values()))[1].device)
-    for expert, (tokens, rows) in outputs.items():
-        weight = (route.weights * (route.indices == expert)).sum(-1)[tokens, None]
-        added[tokens] += (rows * weight).float()
-    return added
+    routing, read, choices = routing_of(model, layer), [], []
+    def note_choice(output: object) -> None: choices.append(chosen_experts(routing, output))
+    with changed_input(routing.block, watching(read.append)), changed_output(routing.router, watching(note_choice)):
+        model(input_ids=ids, use_cache=False)
+    return experts_output(routing, layer, read[0].flatten(0, -2), *choices[0]).float()
 
 def block_output(model: nn.Module, block: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     "The output of a module while the model runs; of a tuple, its first part."

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from cap_nb.core.errors import BadInput
-from cap_nb.models.anatomy import decoder_layers, Projection, Routing, routing_of
+from cap_nb.models.anatomy import decoder_layers, expert_projections, Projection, Routing, routing_of
 
 # %% ../../nbs/models/02_interventions.ipynb #c012
 @contextmanager
@@ -104,6 +104,19 @@ def input_of_down(routing: Routing, expert: int, by_role: dict[str, Projection],
     holder = routing.experts if routing.stacked else routing.experts[expert]
     if about.product: return about.product(holder, gate, up)
     return attrgetter(about.activation)(holder)(gate) * up
+
+# %% ../../nbs/models/02_interventions.ipynb #7c56edc1
+def experts_output(routing: Routing, layer: int, hidden: torch.Tensor, chosen: torch.Tensor,
+                   weights: torch.Tensor) -> torch.Tensor: # What they add, [tokens, hidden]
+    "What the experts of a layer return, computed once more from their description."
+    total, matrices = torch.zeros_like(hidden), expert_projections(routing, layer)
+    for expert in chosen.unique().tolist():
+        by_role = {p.role: p for p in matrices if p.expert == expert}
+        tokens = (chosen == expert).any(-1).nonzero()[:, 0]
+        inner, down = input_of_down(routing, expert, by_role, hidden[tokens]), by_role["down"]
+        weight = (weights * (chosen == expert)).sum(-1)[tokens, None].detach()
+        total = total.index_add(0, tokens, (F.linear(inner, down.weight, down.bias) * weight).to(total))
+    return total
 
 # %% ../../nbs/models/02_interventions.ipynb #312aff26
 def watch_experts(routed: Sequence[Projection], record: Record) -> Iterator[AbstractContextManager[None]]:
