@@ -12,7 +12,7 @@ import shutil
 import time
 from collections import namedtuple
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -392,16 +392,21 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def timed(folder: Path, stage: str) -> Iterator[None]:
-    "Add the block's seconds to the run's timings, if it ends well."
+    "Add the block's seconds to the run's timings, however it ends."
     start = time.perf_counter()
-    yield
-    seconds = time.perf_counter() - start
-    note_stage(folder/"timings.json", stage, seconds, lambda before, now: round(before + now, 3))
-    log.info("%s: %.1f seconds", stage, seconds)
+    def note() -> float:
+        seconds = time.perf_counter() - start
+        note_stage(folder/"timings.json", stage, seconds, lambda before, now: round(before + now, 3))
+        return seconds
+    try: yield
+    except BaseException:
+        with suppress(OSError, BadInput): note() # what ended the block is told, and not that this cannot be written
+        raise
+    log.info("%s: %.1f seconds", stage, note())
 
 @contextmanager
 def time_and_memory_noted(folder: Path, stage: str, device: torch.device) -> Iterator[None]:
-    "Note the block's seconds and the memory it takes, if it ends well."
+    "Note the block's seconds, and the memory it takes if it ends well."
     with memory_taken(device) as taken, timed(folder, stage): yield
     if taken[0] is not None: note_stage(folder/"memory.json", stage, taken[0], max)
 

@@ -61,7 +61,8 @@ def run_folders(folder: str | Path) -> list[Path]: # Folders of runs, in order
 # %% ../../nbs/jobs/02_report.ipynb #c016
 def cost_table(run: Run) -> pd.DataFrame:
     "What each method of a run took, as far as it was measured."
-    costs, cells = {}, [cell for cell in cells_of(run.configuration) if cell[0] != "dense"]
+    costs, pruned = {}, {(report.method, report.asked) for report, _ in run.reports} # the others were stopped
+    cells = [cell for cell in cells_of(run.configuration) if cell in pruned and cell[0] != "dense"]
     for method in dict.fromkeys(method for method, _ in cells):
         parts, prunings = parse_method(method), [f"{cell_name(*cell)}/prune" for cell in cells if cell[0] == method]
         other = parts.attribution and parts.attribution not in READINGS
