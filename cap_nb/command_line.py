@@ -760,6 +760,18 @@ def publish_command(
                       "Nothing was uploaded." if dry_run else f"Uploaded: {upload.url}"])
 
 # %% ../nbs/command_line.ipynb #c19da5c5
+def done_in(folder: Path, do: Callable[[Path], None]) -> Iterator[Path]: # Runs, each after it was done
+    "Do something to every run in a folder; of several, one that is unfinished is left as it is, and a line says so."
+    from cap_nb.jobs.records import Unfinished
+    from cap_nb.jobs.report import run_folders
+    runs = run_folders(folder)
+    for run in runs:
+        try: do(run)
+        except Unfinished as error:
+            if len(runs) == 1: raise
+            typer.echo(f"Left as it is: {error}")
+        else: yield run
+
 @command(RECORDS)
 def table_command(
     folder: Path, # a run's folder
@@ -781,9 +793,8 @@ def figures_command(
     folder: Path, # a run's folder, or one that holds some
 ) -> None:
     "Make tables, figures and manifest of every run in a folder again, from its records; of a live run, its page too."
-    from cap_nb.jobs.report import run_folders, write_results
-    for run in run_folders(folder):
-        write_results(run)
+    from cap_nb.jobs.report import write_results
+    for run in done_in(folder, write_results):
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
 @command(RECORDS, resumes=True)
@@ -791,9 +802,8 @@ def report_command(
     folder: Path, # a run's folder, or one that holds some
 ) -> None:
     "Make report.html of every run in a folder: its table, what is significant, curves, heads and costs on one page."
-    from cap_nb.jobs.report import run_folders, write_results
-    for run in run_folders(folder):
-        write_results(run, page=True)
+    from cap_nb.jobs.report import write_results
+    for run in done_in(folder, functools.partial(write_results, page=True)):
         typer.echo(f"{run/'report.html'}: one page of what its records hold.")
 
 @command(RECORDS, plugins=False)
@@ -870,9 +880,7 @@ def pack_command(
 ) -> None:
     "Put the records of every finished run in a folder into one file each; what they say does not change."
     from cap_nb.jobs.records import pack_run
-    from cap_nb.jobs.report import run_folders
-    for run in run_folders(folder):
-        pack_run(run)
+    for run in done_in(folder, pack_run):
         size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
         typer.echo(f"{run}: {size:,} bytes.")
 
