@@ -364,6 +364,7 @@ def short_name(model: str) -> str: # Its last part, which leads nowhere else
 def read_as(kind: type, text: str) -> object: # The value
     "A value of an option from its text; another type's raises `BadInput`."
     [single] = {*(get_args(kind) or [kind])} - {type(None)}
+    if single is Path and not text: raise BadInput("it is empty: expected a value that fits; see 'cap run --help'.")
     try: return single(text)
     except ValueError:
         raise BadInput(f"{text!r} is no {'whole ' * (single is int)}number: expected one; correct it.") from None
@@ -431,9 +432,10 @@ def run_command(
         raise BadInput("--quick was given with --config: expected one of them, since a file gives its own numbers; "
                        "write 'n: 2' and the like there, or leave --quick out.")
     if config is not None: return run_config(context, job, config, whole)
-    from cap_nb.jobs.job import run_job
+    from cap_nb.jobs.job import check_unread, run_job
     from cap_nb.jobs.sweeps import tracked
     folder = out or Path("runs")/short_name(job.model.name)
+    check_unread(job, folder)
     keep = None
     if save_models: from cap_nb.single_steps import keep_model as keep
     with logged(folder) as begin, tracked(track, folder) as follow:
@@ -542,9 +544,24 @@ def score_command(
     from cap_nb.single_steps import score_into
     return score_into(job, out, heads_at_once, store, budget, join)
 
-# Not read where --stream measures nothing
+# Not read where nothing is measured
 MEASURING = ("tasks", "data_dir", "style", "n", "calibration_tokens", "k", "seed", "calibrate_on", "chain_rule",
              "text_share", "calibration_text", "text_tokens", "spare", "batch_tokens")
+
+def check_measured(context: typer.Context, job: Job, settings: SinglePruning) -> None:
+    "Refuse options of a calibration set, with `BadInput`, where none is read."
+    from cap_nb.methods.prune import check_method
+    from cap_nb.single_steps import check_pruning, is_calibrated, walks_from_disk
+    given = given_in(context, MEASURING)
+    if settings.stream and given and not walks_from_disk(settings):
+        raise BadInput(f"{option_of(given[0])} was given with --stream: expected none, since nothing is measured; give "
+                       "it to 'cap hessians' or 'cap score', or leave it out.")
+    unread = [option_of(name) for name in given if name not in ("seed", "batch_tokens")] # of any method in memory
+    if settings.stream or not unread: return
+    check_pruning(job, settings) # first, since a table of losses may be what is missing
+    if not is_calibrated(check_method(settings.method), settings.scores):
+        raise BadInput(f"{unread[0]} was given with method {settings.method!r}, which is calibrated on nothing here: "
+                       f"expected a method as wanda; name one, or leave {unread[0]} out.")
 
 @command(STEPS, "model", "calibrate", "aggregation", "score_target", without=("calibration_seed",),
          settings=SinglePruning)
@@ -566,10 +583,8 @@ def prune_command(
         lines, answers = recipe_into(job, settings, RECIPES[recipe].tuning, out)
         return "\n".join([*lines, "", table_text(answers)])
     job, settings, why = with_method(job, settings, bool(given_in(context, ("text_share", "calibrate_on"))))
-    from cap_nb.single_steps import prune_into, walks_from_disk
-    if settings.stream and (given := given_in(context, MEASURING)) and not walks_from_disk(settings):
-        raise BadInput(f"{option_of(given[0])} was given with --stream: expected none, since nothing is measured; give "
-                       "it to 'cap hessians' or 'cap score', or leave it out.")
+    check_measured(context, job, settings)
+    from cap_nb.single_steps import prune_into
     report = prune_into(job, settings, out)
     said = (f"{out}: {settings.method} set {report.zeros:,} of {report.weights:,} weights in scope of "
             f"{job.model.name} to zero ({report.reached:.4%}, {settings.sparsity:.4%} asked).\nThe zeros are "
