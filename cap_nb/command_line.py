@@ -378,6 +378,7 @@ def short_name(model: str) -> str: # Its last part, which leads nowhere else
 def read_as(kind: type, text: str) -> object: # The value
     "A value of an option from its text; another type's raises `BadInput`."
     [single] = {*(get_args(kind) or [kind])} - {type(None)}
+    if single is Path and not text: raise BadInput("it is empty: expected a value that fits; see 'cap run --help'.")
     try: return single(text)
     except ValueError:
         raise BadInput(f"{text!r} is no {'whole ' * (single is int)}number: expected one; correct it.") from None
@@ -445,9 +446,10 @@ def run_command(
         raise BadInput("--quick was given with --config: expected one of them, since a file gives its own numbers; "
                        "write 'n: 2' and the like there, or leave --quick out.")
     if config is not None: return run_config(context, job, config, whole)
-    from cap_nb.jobs.job import run_job
+    from cap_nb.jobs.job import check_unread, run_job
     from cap_nb.jobs.sweeps import tracked
     folder = out or Path("runs")/short_name(job.model.name)
+    check_unread(job, folder)
     keep = None
     if save_models: from cap_nb.single_steps import keep_model as keep
     with logged(folder) as begin, tracked(track, folder) as follow:
@@ -556,9 +558,24 @@ def score_command(
     from cap_nb.single_steps import score_into
     return score_into(job, out, heads_at_once, store, budget, join)
 
-# Not read where --stream measures nothing
+# Not read where nothing is measured
 MEASURING = ("tasks", "data_dir", "style", "n", "calibration_tokens", "k", "seed", "calibrate_on", "chain_rule",
              "text_share", "calibration_text", "text_tokens", "spare", "batch_tokens")
+
+def check_measured(context: typer.Context, job: Job, settings: SinglePruning) -> None:
+    "Refuse options of a calibration set, with `BadInput`, where none is read."
+    from cap_nb.methods.prune import check_method
+    from cap_nb.single_steps import check_pruning, is_calibrated, walks_from_disk
+    given = given_in(context, MEASURING)
+    if settings.stream and given and not walks_from_disk(settings):
+        raise BadInput(f"{option_of(given[0])} was given with --stream: expected none, since nothing is measured; give "
+                       "it to 'cap hessians' or 'cap score', or leave it out.")
+    unread = [option_of(name) for name in given if name not in ("seed", "batch_tokens")] # of any method in memory
+    if settings.stream or not unread: return
+    check_pruning(job, settings) # first, since a table of losses may be what is missing
+    if not is_calibrated(check_method(settings.method), settings.scores):
+        raise BadInput(f"{unread[0]} was given with method {settings.method!r}, which is calibrated on nothing here: "
+                       f"expected a method as wanda; name one, or leave {unread[0]} out.")
 
 @command(STEPS, "model", "calibrate", "aggregation", "score_target", without=("calibration_seed",),
          settings=SinglePruning)
@@ -580,10 +597,8 @@ def prune_command(
         lines, answers = recipe_into(job, settings, RECIPES[recipe].tuning, out)
         return "\n".join([*lines, "", table_text(answers)])
     job, settings, why = with_method(job, settings, bool(given_in(context, ("text_share", "calibrate_on"))))
-    from cap_nb.single_steps import prune_into, walks_from_disk
-    if settings.stream and (given := given_in(context, MEASURING)) and not walks_from_disk(settings):
-        raise BadInput(f"{option_of(given[0])} was given with --stream: expected none, since nothing is measured; give "
-                       "it to 'cap hessians' or 'cap score', or leave it out.")
+    check_measured(context, job, settings)
+    from cap_nb.single_steps import prune_into
     report = prune_into(job, settings, out)
     said = (f"{out}: {settings.method} set {report.zeros:,} of {report.weights:,} weights in scope of "
             f"{job.model.name} to zero ({report.reached:.4%}, {settings.sparsity:.4%} asked).\nBy themselves "
@@ -774,6 +789,18 @@ def publish_command(
                       "Nothing was uploaded." if dry_run else f"Uploaded: {upload.url}"])
 
 # %% ../nbs/command_line.ipynb #c19da5c5
+def done_in(folder: Path, do: Callable[[Path], None]) -> Iterator[Path]: # Runs, each after it was done
+    "Do something to every run in a folder; of several, one that is unfinished is left as it is, and a line says so."
+    from cap_nb.jobs.records import Unfinished
+    from cap_nb.jobs.report import run_folders
+    runs = run_folders(folder)
+    for run in runs:
+        try: do(run)
+        except Unfinished as error:
+            if len(runs) == 1: raise
+            typer.echo(f"Left as it is: {error}")
+        else: yield run
+
 @command(RECORDS)
 def table_command(
     folder: Path, # a run's folder
@@ -795,9 +822,8 @@ def figures_command(
     folder: Path, # a run's folder, or one that holds some
 ) -> None:
     "Make tables, figures and manifest of every run in a folder again, from its records; of a live run, its page too."
-    from cap_nb.jobs.report import run_folders, write_results
-    for run in run_folders(folder):
-        write_results(run)
+    from cap_nb.jobs.report import write_results
+    for run in done_in(folder, write_results):
         typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
 
 @command(RECORDS, resumes=True)
@@ -805,9 +831,8 @@ def report_command(
     folder: Path, # a run's folder, or one that holds some
 ) -> None:
     "Make report.html of every run in a folder: its table, what is significant, curves, heads and costs on one page."
-    from cap_nb.jobs.report import run_folders, write_results
-    for run in run_folders(folder):
-        write_results(run, page=True)
+    from cap_nb.jobs.report import write_results
+    for run in done_in(folder, functools.partial(write_results, page=True)):
         typer.echo(f"{run/'report.html'}: one page of what its records hold.")
 
 @command(RECORDS, plugins=False)
@@ -884,9 +909,7 @@ def pack_command(
 ) -> None:
     "Put the records of every finished run in a folder into one file each; what they say does not change."
     from cap_nb.jobs.records import pack_run
-    from cap_nb.jobs.report import run_folders
-    for run in run_folders(folder):
-        pack_run(run)
+    for run in done_in(folder, pack_run):
         size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
         typer.echo(f"{run}: {size:,} bytes.")
 

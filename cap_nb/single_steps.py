@@ -33,7 +33,7 @@ from .experiments.harness import check_harness_tasks, harness_results, harness_t
 from .importance import importance_factors
 from .jobs.chains import Answering, kept_examples, own_chains, task_counts, too_few
 from .jobs.job import (
-    chains_of, check_job, check_problems, check_screening, check_windows_fit, evaluate,
+    chains_of, check_job, check_problems, check_screening, check_unread, check_windows_fit, evaluate,
     evaluation_data, filled_in, job_calibration, model_configuration, never_drawn, Ready, spared_problems,
     targets_configuration)
 from .jobs.planning import plan, plan_text
@@ -539,6 +539,7 @@ def evaluate_alone(job: Job, scores: Path | None = None, out: Path | None = None
     if asked.accuracy_tasks == () and not (asked.loss_n or asked.windows or asked.choice_n):
         raise BadInput("Nothing is to be measured: expected answers, losses or perplexity; name --accuracy-tasks, or "
                        "raise --loss-n or --windows.")
+    check_unread(job)
     exclude = frozenset(read_scores(scores, "mean")[0].uid) if scores else frozenset()
     with working_folder(out) if out else nullcontext(): # a place that cannot be written is found before the work
         model, tokenizer = load_checked(job)

@@ -17,7 +17,7 @@ import typer
 from transformers import LlamaForCausalLM
 
 from faults.machinery import contents
-from programs import FEW, assert_one_sentence, called as cap, output_of
+from programs import FEW, FEW_LOSSES, assert_one_sentence, called as cap, output_of
 from cap_nb.core.files import read_checked
 from cap_nb.core.registry import PLUGINS
 from cap_nb.models.decoding import generate_naive
@@ -100,7 +100,7 @@ def test_vllm_writes_the_answers_of_a_run(finished, tmp_path, monkeypatch):
 
 
 def test_a_run_within_a_budget_says_what_was_measured(tmp_path):
-    few = [*FEW, "--n", "4", "--accuracy-tasks", "none", "--tasks", "lab-arc", "--methods", "cap", "--sparsity", "0.5"]
+    few = [*FEW_LOSSES, "--n", "4", "--tasks", "lab-arc", "--methods", "cap", "--sparsity", "0.5"]
     assert "- budget: 0.7" in output_of("run", *few, "--budget", "0.7", "--out", tmp_path / "part") # whose scores are means, as no other form allows gaps
     run, lines = load_run(tmp_path / "part"), (tmp_path / "part" / "tables" / "screening.csv").read_text().splitlines()
     assert run.losses is None and not run.partial.measured.all() and not run.scores.isnan().any()
@@ -265,7 +265,7 @@ def test_a_run_keeps_a_log_and_its_bar_says_what_runs(tmp_path, monkeypatch):
     """log.txt is no record: the manifest does not name it, and packing leaves it; the bar names the cell and the stage."""
     shown = []
     monkeypatch.setattr(cap_nb.jobs.job.tqdm, "set_description", lambda self, text: shown.append(text))
-    words = [*FEW, "--tasks", "lab-arc", "--methods", "magnitude", "--sparsity", "0.5", "--accuracy-tasks", "none", "--out", tmp_path / "run"]
+    words = [*FEW_LOSSES, "--tasks", "lab-arc", "--methods", "magnitude", "--sparsity", "0.5", "--out", tmp_path / "run"]
     assert cap("run", *words, "--quiet").exit_code == 0
     assert shown == ["dense 0%, loss of lab-arc", "dense 0%, perplexity of lab-text", "magnitude 50%, pruning", "magnitude 50%, loss of lab-arc",
                      "magnitude 50%, perplexity of lab-text"]
@@ -278,7 +278,7 @@ def test_a_run_keeps_a_log_and_its_bar_says_what_runs(tmp_path, monkeypatch):
 
 def test_where_no_terminal_is_bars_are_lines(tmp_path):
     """Nothing is drawn over itself; --quiet says nothing, and --verbose how long each stage took."""
-    words = ["run", *FEW, "--tasks", "lab-arc", "--sparsity", "0.5", "--accuracy-tasks", "none"]
+    words = ["run", *FEW_LOSSES, "--tasks", "lab-arc", "--sparsity", "0.5"]
     def run(option, methods): return programs.finished(programs.cap(*words, *filter(None, [option]), "--methods", methods, "--out", tmp_path / f"run{option}"))
     said = {"": run("", "cap,magnitude"), "--quiet": run("--quiet", "magnitude"), "--verbose": run("--verbose", "magnitude")}
     assert all(process.returncode == 0 and "\r" not in process.stderr and "\x1b" not in process.stderr for process in said.values()), said[""].stderr

@@ -15,7 +15,7 @@ from cap_nb.jobs.job import check_origin, prepare, run_job
 from cap_nb.jobs.plugins import plugins_loaded
 from cap_nb.jobs.records import job_of, load_run, pack_run
 from cap_nb.jobs.report import command_of
-from cap_nb.jobs.results import compare_repeated
+from cap_nb.jobs.results import compare_repeated, repeat_run
 from cap_nb.jobs.settings import Job, changed
 
 SMALL = changed(Job(), n=2, k=1, methods=("magnitude",), sparsities=(0.5,), accuracy_tasks=("lab-arc",), evaluate_n=2, loss_n=2, windows=0)
@@ -42,6 +42,16 @@ def test_another_number_is_noticed(run):
     assert table.loc["loss", "compared"] - table.loc["loss", "equal"] == 1
     assert table.loc["loss", "largest"] == pytest.approx(0.25)
     assert table.loc["accuracy", "compared"] == table.loc["accuracy", "equal"]
+
+
+def test_a_run_that_grew_is_compared_where_both_have_cells(run, tmp_path):
+    """Its methods stand at different sparsities, and the second run has every method at every sparsity. Without a finished cell nothing is compared."""
+    first = load_run(run)
+    [*_, pruned], [*_, (report, mask)] = first.evaluations, first.reports
+    more = replace(first, evaluations=(*first.evaluations, replace(pruned, sparsity=0.2)), reports=(*first.reports, (replace(report, asked=0.2), mask)))
+    assert compare_repeated(first, more).equals(compare_repeated(first, first))
+    shutil.copytree(run, tmp_path / "begun", ignore=shutil.ignore_patterns("evaluations"))
+    refuses("begun has no finished evaluation yet", repeat_run, tmp_path / "begun", tmp_path / "again")
 
 
 def test_other_data_is_noticed_at_the_command_line(run, tmp_path):

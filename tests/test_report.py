@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from cap_nb.analysis import method_table
 from fixtures import refuses
+from programs import assert_one_sentence, called, output_of
 from cap_nb.core.files import read_checked, sha256_of_file
 from cap_nb.core.plots import figure_bytes
 from cap_nb.jobs.records import REPORT, check_continues, job_of, load_run, pack_run, packed_texts, unpack_run
@@ -149,3 +150,14 @@ def test_a_packed_run_keeps_its_page(tmp_path):
     pack_run(live)
     assert (live / REPORT).read_bytes() == page and load_run(live).evaluations == load_run(LAB).evaluations
     assert listed_in(live) == listed_in(packed)
+
+
+def test_of_several_runs_an_unfinished_one_is_left_as_it_is(tmp_path):
+    """The others are done, and a line names it; one run alone is refused."""
+    unpack_run(ROOT / "figures" / "bfloat16" / "usual", tmp_path / "runs" / "b")
+    (tmp_path / "runs" / "a" / "unfinished").mkdir(parents=True)
+    shutil.copy(tmp_path / "runs" / "b" / "run.json", tmp_path / "runs" / "a")
+    for command, said in (("figures", "has no finished evaluation yet"), ("report", "has no finished evaluation yet"), ("pack", "holds unfinished work")):
+        left, done = output_of(command, tmp_path / "runs").splitlines()
+        assert left.startswith(f"Left as it is: {tmp_path / 'runs' / 'a'} {said}") and str(tmp_path / "runs" / "b") in done, left
+        assert_one_sentence(called(command, tmp_path / "runs" / "a"), said)

@@ -94,12 +94,12 @@ def test_two_at_once_and_what_is_not_ours(tmp_path):
     """The second command under a name is refused before it loads anything; a folder of that name keeps what is not ours."""
     kept = tmp_path / "new.unfinished"
     with alone_in(kept):
-        holding = pruned(tmp_path / "new", "magnitude")
+        holding = pruned(tmp_path / "new", "wanda")
     assert holding[0] == 2 and f"Another process is at work in {kept}: expected to be alone there" in holding[1]
     (kept / "mine.txt").write_text("mine")
     steps.prune_into(FEW, SinglePruning(method="magnitude", sparsity=0.5), tmp_path / "new")
     assert [path.name for path in kept.iterdir()] == ["mine.txt"]
-    assert_one_sentence(called(*WORDS, "magnitude", "--out", tmp_path / "new"), "exists already")
+    assert_one_sentence(called(*WORDS, "wanda", "--out", tmp_path / "new"), "exists already")
 
 
 def test_who_is_refused_removes_nothing(tmp_path):

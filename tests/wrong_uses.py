@@ -68,7 +68,7 @@ OPTION_FILES = {
     "anchor": "n: &a 3\nk: *a", "tag": "n: !!python/object/apply:os.system [id]", "deep": "[" * 1000, "twice": "n: 3\nn: 4", "empty_list": "n: []",
     "within": "n: {a: 1}", "several": "---\nn: 3\n---\nn: 4", "merge": "<<: {n: 3}", "list_for_name": "? [a, b]\n: 3", "number_for_name": "3: 3", "float": "n: 3.0",
     "date": "n: 2024-01-01", "nan": "sparsity: [.nan]", "many": f"n: {list(range(1, 1200))}", "no_text": 'data-dir: "\\ud800"\nmodel: nothing', "config": "config: other.yaml",
-    "whole_list": "note: [a, b]", "nothing_in_it": "# n: 3", "device": "device: [cpu, meta]"}
+    "whole_list": "note: [a, b]", "nothing_in_it": "# n: 3", "device": "device: [cpu, meta]", "no_place": "store: ''"}
 CRITERION = "from cap_nb.all import add_criterion\nadd_criterion({})\n"
 PLUGIN_FILES = {
     "leaves": "import sys\nsys.exit(3)", "generator": "raise GeneratorExit", "recursion": "def f(): f()\nf()", "syntax": "def (", "no_function": CRITERION.format("'mine', 7"),
@@ -163,10 +163,12 @@ COMMANDS = {
         "--method magnitude^update --ties all --stream --model PLACE/model --hessians PLACE/folder",
         "--method wanda^swaps --stream --model PLACE/model --hessians PLACE/folder --norms PLACE/file.txt",
         "--method wanda --text-tokens 64", "--method wanda --key-value max", "--method wanda --aggregation paired", "--recipe best-mask --chain-rule right,solved=0.25-0.75", "--recipe best-mask --key-value max",
-        "--recipe one-shot --method magnitude", "--recipe one-shot --method cap", "--method magnitude --stream --model PLACE/model --n 64")]
+        "--recipe one-shot --method magnitude", "--recipe one-shot --method cap", "--method magnitude --stream --model PLACE/model --n 64",
+        "--method magnitude --text-share 0.25", "--method cap --scores PLACE/scores.safetensors --tasks lab-gsm8k")]
     + [f"{EVAL} --device cpu --window-tokens 513"] + [f"{EVAL} --harness cap_lab_gsm8k {options}" for options in ("--shots 8", "--scores PLACE/nothing", "--windows 3")]
-    + [f"{EVAL} --harness none", f"{EVAL} --harness gsm8k --max-new-tokens 9", "claims --variants none --out PLACE/new", "claims --tasks lab-arc --n 8 --out PLACE/new"]
-    + [f"{RUN} {options}" for options in ("--methods wanda --score-target divergence", "--shots 4", "--samples 4 --temperature 0.6", "--text-tokens 64")]
+    + [f"{EVAL} --harness none", f"{EVAL} --harness gsm8k --max-new-tokens 9", "claims --variants none --out PLACE/new", "claims --tasks lab-arc --n 8 --out PLACE/new",
+       f"{EVAL} --device cpu --accuracy-tasks none --max-new-tokens 64"]
+    + [f"{RUN} {options}" for options in ("--methods wanda --score-target divergence", "--methods wanda --aggregation paired", "--max-new-tokens 64", "--shots 4", "--samples 4 --temperature 0.6", "--text-tokens 64")]
     + ["shrink --score-target divergence --out PLACE/new", "shrink --aggregation paired --out PLACE/new", "chains --tries 1 --chain-rule right,solved=0.25-0.75 --out PLACE/new.jsonl",
        "chains --tries 1 --temperature 1 --out PLACE/new.jsonl", "eval --spare gsm8k_fresh --accuracy-tasks lab-arc"],
     "planning": [f"plan --no-probe {options}" for options in (

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections import namedtuple
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -37,9 +37,9 @@ from .records import (
     cell_name, cells_of, environment, evaluation_folder, is_run, load_evaluation, mask_fingerprint, note_environment,
     note_stage, open_run, piece_folder, read_run, save_evaluation, save_report, together)
 from .report import write_results
-from cap_nb.jobs.settings import (
-    CalibrateSettings, changed, check_counts, check_read, EvaluateSettings, examples_by_kind, Job, QUICK, read_rule,
-    share_of_text)
+from .settings import (
+    CalibrateSettings, changed, check_counts, check_read, EvaluateSettings, examples_by_kind, Job, PruneSettings, QUICK,
+    read_rule, share_of_text)
 from ..methods.criteria import CRITERIA, DERIVATIVES, Inputs
 from ..methods.experts import UnitFactors
 from ..methods.layer_walk import check_started_once
@@ -127,6 +127,17 @@ def check_job(job: Job) -> None:
     chains_of(job.calibrate)
     placed(job.model.device)
     dtype_named(job.model.dtype, job.model.device)
+
+# %% ../../nbs/jobs/03_job.ipynb #d568c1a4
+def check_unread(job: Job, folder: Path | None = None) -> None: # The folder of the run, if it is one
+    "Raise `BadInput` for settings of a run or an evaluation that nothing in it reads."
+    tokens, asked = job.evaluate.max_new_tokens, job.prune
+    if tokens is not None and job.evaluate.accuracy_tasks == ():
+        raise BadInput(f"--max-new-tokens {tokens} was given with --accuracy-tasks none: expected tasks to answer; "
+                       "name some, or leave --max-new-tokens out.")
+    if asked.aggregation == PruneSettings.aggregation or asked.budget is not None: return # a budget is checked itself
+    if any(check_method(method).attribution in UNIT_AWARE for method in asked.methods): return
+    if folder is None or not is_run(folder): check_some_masked(job, "--aggregation")
 
 # %% ../../nbs/jobs/03_job.ipynb #c010
 def distinct(values: tuple) -> tuple: # Each once, in order
@@ -392,16 +403,21 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def timed(folder: Path, stage: str) -> Iterator[None]:
-    "Add the block's seconds to the run's timings, if it ends well."
+    "Add the block's seconds to the run's timings, however it ends."
     start = time.perf_counter()
-    yield
-    seconds = time.perf_counter() - start
-    note_stage(folder/"timings.json", stage, seconds, lambda before, now: round(before + now, 3))
-    log.info("%s: %.1f seconds", stage, seconds)
+    def note() -> float:
+        seconds = time.perf_counter() - start
+        note_stage(folder/"timings.json", stage, seconds, lambda before, now: round(before + now, 3))
+        return seconds
+    try: yield
+    except BaseException:
+        with suppress(OSError, BadInput): note() # what ended the block is told, and not that this cannot be written
+        raise
+    log.info("%s: %.1f seconds", stage, note())
 
 @contextmanager
 def time_and_memory_noted(folder: Path, stage: str, device: torch.device) -> Iterator[None]:
-    "Note the block's seconds and the memory it takes, if it ends well."
+    "Note the block's seconds, and the memory it takes if it ends well."
     with memory_taken(device) as taken, timed(folder, stage): yield
     if taken[0] is not None: note_stage(folder/"memory.json", stage, taken[0], max)
 

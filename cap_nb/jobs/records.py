@@ -532,6 +532,10 @@ def remove_live_records(folder: Path) -> None:
         log.warning("%s: %s is no record of the run and was left where it is.", folder, ", ".join(sorted(left)[:5]) +
                     (f" and {len(left) - 5} more" if len(left) > 5 else ""))
 
+# %% ../../nbs/jobs/00_records.ipynb #fb5a41ed
+class Unfinished(BadInput):
+    "A run that is not yet as far as what is asked of it needs."
+
 # %% ../../nbs/jobs/00_records.ipynb #c083
 @validate_arguments
 def pack_run(
@@ -542,7 +546,7 @@ def pack_run(
     read_run(folder)
     with alone_in(folder):
         if (folder/"unfinished").exists():
-            raise BadInput(f"{folder} holds unfinished work: expected a finished run; let 'cap run' go on first.")
+            raise Unfinished(f"{folder} holds unfinished work: expected a finished run; let 'cap run' go on first.")
         write_packed(folder)
         remove_live_records(folder)
 

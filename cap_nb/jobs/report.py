@@ -30,7 +30,8 @@ from ..core.registry import check_additions
 from ..data.problems import LAB_TASKS
 from ..evaluation import AnswerRecord, Evaluation
 from ..importance import importance_factors
-from .records import cell_name, cells_of, job_of, load_run, manifest, PACKED, REPORT, Run, write_packed
+from .records import (
+    cell_name, cells_of, job_of, load_run, manifest, PACKED, REPORT, Run, Unfinished, write_packed)
 from .settings import changed, Job, option_of, option_text, values_of
 from .tables import (
     answer_markdown, answer_table, comparison_markdown, comparison_note, head_importance_in_words, interval_text,
@@ -61,7 +62,8 @@ def run_folders(folder: str | Path) -> list[Path]: # Folders of runs, in order
 # %% ../../nbs/jobs/02_report.ipynb #c016
 def cost_table(run: Run) -> pd.DataFrame:
     "What each method of a run took, as far as it was measured."
-    costs, cells = {}, [cell for cell in cells_of(run.configuration) if cell[0] != "dense"]
+    costs, pruned = {}, {(report.method, report.asked) for report, _ in run.reports} # the others were stopped
+    cells = [cell for cell in cells_of(run.configuration) if cell in pruned and cell[0] != "dense"]
     for method in dict.fromkeys(method for method, _ in cells):
         parts, prunings = parse_method(method), [f"{cell_name(*cell)}/prune" for cell in cells if cell[0] == method]
         other = parts.attribution and parts.attribution not in READINGS
@@ -317,7 +319,7 @@ def write_results(folder: str | Path, page: bool = False) -> None:
     folder, run = Path(folder), load_run(folder)
     check_additions(run.configuration.get("plugins", {}), str(folder))
     if not run.evaluations:
-        raise BadInput(f"{folder} has no finished evaluation yet: expected at least one; let 'cap run' go on.")
+        raise Unfinished(f"{folder} has no finished evaluation yet: expected at least one; let 'cap run' go on.")
     warn_of_cut_off([answer for e in run.evaluations if e.method == "dense" for answer in e.answers])
     live = not (folder/PACKED).exists()
     if live: (folder/"manifest.json").unlink(missing_ok=True) # it says what tables and pictures are, till all are made

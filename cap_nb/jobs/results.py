@@ -23,7 +23,7 @@ from ..core.plots import blank_figure, in_style, INK, save_figure
 from ..evaluation import CHOICE_MEASURES, Evaluation
 from .job import run_job
 from .records import (
-    agrees, differences, is_fingerprint, job_of, load_run, PACKED, read_run, Run, settings_of, shown)
+    agrees, differences, is_fingerprint, job_of, load_run, PACKED, Run, settings_of, shown)
 from .report import run_folders
 from .settings import changed, Job
 from .tables import comparison_mark, comparison_markdown, markdown_rows
@@ -392,8 +392,9 @@ def loss_row(first: Run, second: Run) -> tuple | None: # A row of the table; Non
 KEY = ["method", "sparsity", "measure", "task", "problem", "sample"] # What names a measurement
 
 def measured_rows(first: Run, second: Run) -> list[tuple]: # A row for each measure
-    "What was measured of the cells that the second run has, problem by problem."
-    columns = list(WHICH | EACH)
+    "What was measured of the cells that both runs have, problem by problem."
+    columns, cells = list(WHICH | EACH), {(e.method, e.sparsity) for e in first.evaluations}
+    second = replace(second, evaluations=tuple(e for e in second.evaluations if (e.method, e.sparsity) in cells))
     before, after = (pd.DataFrame(run_rows("", run, False), columns=columns).set_index(KEY)[["value"]]
                      for run in (first, second))
     joined = after.join(before.rename(columns={"value": "before"}))
@@ -407,7 +408,7 @@ def compare_repeated(first: Run, second: Run) -> pd.DataFrame:
     settings = differences(first.configuration, second.configuration)
     before, zeros = ({(report.method, report.asked): mask for report, mask in run.reports} for run in (first, second))
     rows = [*[(f"setting {text}", 1, 0, None) for text in settings], loss_row(first, second),
-            equal_row("zeros of a pruned model", [(before.get(cell), zeros[cell]) for cell in zeros]),
+            equal_row("zeros of a pruned model", [(before[cell], zeros[cell]) for cell in zeros if cell in before]),
             *measured_rows(first, second)]
     return pd.DataFrame([r for r in rows if r], columns=["what", "compared", "equal", "largest"])
 
@@ -437,9 +438,11 @@ def repeat_run(
     places: dict[str, str] | None = None, # Where things are now, by name, device, data_dir and calibrate_on
 ) -> pd.DataFrame: # For each part how many were compared and are equal, and the largest difference
     "Do a run again and say what differs; what is missing raises `BadInput` before any work."
-    kept = read_run(folder)
+    first = load_run(folder)
+    if not first.evaluations:
+        raise BadInput(f"{folder} has no finished evaluation yet: expected one to compare with; let 'cap run' go on.")
     if Path(out).resolve() == Path(folder).resolve():
         raise BadInput(f"{out} is the run itself: expected another folder, since a run that is finished would be "
                        "compared with itself; give a new name.")
-    run_job(same_job(kept, (methods, sparsities), places or {}), out)
-    return compare_repeated(load_run(folder), load_run(out))
+    run_job(same_job(first.configuration, (methods, sparsities), places or {}), out)
+    return compare_repeated(first, load_run(out))

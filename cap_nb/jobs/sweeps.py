@@ -23,7 +23,7 @@ from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import (
     alone_in, HALF_WRITTEN, read_checked, read_text, sha256_of_text, TRACKING, write_checked, write_text)
 from ..evaluation import Evaluation
-from .job import as_begun, check_job, Follow, prepare_loaded, run_job
+from .job import as_begun, check_job, check_unread, Follow, prepare_loaded, run_job
 from .records import check_continues, FORMAT, GROWING, is_run, read_run, settings_of
 from .results import results_frame
 from .settings import changed, Job, values_of
@@ -187,7 +187,9 @@ def whole_options(config: Config, options: Mapping[str, FileOption]) -> dict[str
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c036
 def first_error(job: Job) -> str | None: # What is wrong with it; None: nothing that can be seen without its model
-    try: check_job(job)
+    try:
+        check_job(job)
+        check_unread(job)
     except BadInput as error: return str(error)
 
 def refused(config: Config, options: Mapping[str, FileOption], name: str, said: str) -> BadInput:
