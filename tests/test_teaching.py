@@ -1,5 +1,4 @@
 """The glossary's entries and links, the slides, the widgets and the page that holds what they would show."""
-import json
 import os
 import re
 import shlex
@@ -57,11 +56,11 @@ def test_slides_need_nothing_from_elsewhere():
 
 
 def test_a_slide_shows_what_the_notebook_holds(tmp_path):
-    png = {"output_type": "display_data", "data": {"image/png": "aGVsbG8="}, "metadata": {}}
+    png = nbformat.v4.new_output("display_data", {"image/png": "aGVsbG8="})
     sources = [("markdown", "# A\n\n> One & two."), ("markdown", "## Form\n\nSee\n\n$$ x_1 < 2 $$"), ("code", "plot()"),
                ("markdown", "What to see in [it](b.ipynb).\n\n## Summary\n\nAll `$5` of it.\n\n**Exercises**\n\n1. None.")]
-    notebook = {"cells": [{"cell_type": kind, "source": [text], **({"outputs": [png]} if kind == "code" else {})} for kind, text in sources]}
-    (tmp_path / "a.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+    made = {"markdown": nbformat.v4.new_markdown_cell, "code": lambda text: nbformat.v4.new_code_cell(text, outputs=[png])}
+    nbformat.write(nbformat.v4.new_notebook(cells=[made[kind](text) for kind, text in sources]), tmp_path / "a.ipynb")
     title, form, picture, summary = slides.slides_of(tmp_path / "a.ipynb")
     assert "<h1>A</h1>" in title and "One &amp; two." in title
     assert "<h2>Form</h2>" in form and "See" in form and "<msub>" in form and 'display="block"' in form
