@@ -33,7 +33,7 @@ def records_from(rows: Iterable[dict]) -> tuple[dict[str, Evaluation], dict[str,
 
 # %% ../nbs/06_analysis.ipynb #c009
 import math
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -250,12 +250,14 @@ COMPARED = ("First", "Second", "Sparsity", "Measure") # What names a comparison
 
 def records_by_measure(evaluation: Evaluation) -> dict[str, tuple]:
     "Records by measure; a window of text counts as a problem."
-    records, samples = {}, {}
-    for answer in evaluation.answers: samples[answer.task] = max(samples.get(answer.task, 1), answer.sample + 1)
-    for answer in evaluation.answers:
-        records.setdefault(answers_title(answer.task, samples[answer.task]), []).append(answer)
-    for loss in evaluation.losses: records.setdefault(f"{task_title(loss.task)} loss", []).append(loss)
-    for choice in evaluation.choices: records.setdefault(f"{task_title(choice.task)} gold p norm", []).append(choice)
+    def by_task(records): # task -> its records
+        found = defaultdict(list)
+        for record in records: found[record.task].append(record)
+        return found.items()
+    records = {answers_title(task, 1 + max(answer.sample for answer in answers)): answers
+               for task, answers in by_task(evaluation.answers)}
+    records |= {f"{task_title(task)} loss": losses for task, losses in by_task(evaluation.losses)}
+    records |= {f"{task_title(task)} gold p norm": choices for task, choices in by_task(evaluation.choices)}
     if text := evaluation.perplexity:
         of = f"{text.fingerprint}/{text.window_tokens}" # windows of another text, or length, are other problems
         records[TEXT_LOSS] = [LossRecord(task=text.text, uid=f"{of}/{i}", loss=loss, tokens=text.window_tokens - 1)

@@ -41,6 +41,7 @@ def drawn(pool: Sequence[Example], amount: int | Tokens, seed: int) -> list[tupl
     return [(pool[index], quartiles[index]) for index in amount.indices(pool, seed)]
 
 # %% ../nbs/00_calibration.ipynb #c024
+from collections import defaultdict
 import torch
 from cap_nb.core.errors import check_at_least, check_seed
 
@@ -50,11 +51,11 @@ def deal_subsets(stratum: Sequence[int], k: int, seed: int = 0) -> torch.Tensor:
     if k > len(stratum):
         raise BadInput(f"k = {k} subsets of {len(stratum)} examples: expected at least one example a subset; "
                        "lower k or raise n.")
-    rng, dealt = random.Random(f"{seed}/deal"), []
-    for s in sorted(set(stratum)):
-        members = [index for index, of_example in enumerate(stratum) if of_example == s]
-        rng.shuffle(members)
-        dealt += members
+    rng, members, dealt = random.Random(f"{seed}/deal"), defaultdict(list), []
+    for index, s in enumerate(stratum): members[s].append(index)
+    for s in sorted(members):
+        rng.shuffle(members[s])
+        dealt += members[s]
     subset = torch.zeros(len(stratum), dtype=torch.int64)
     subset[torch.tensor(dealt)] = torch.arange(len(dealt)) % k
     return subset

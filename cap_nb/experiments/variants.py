@@ -89,13 +89,14 @@ VARIANTS["cap~permuted-in-layers"] = Variant("the same factors on other heads of
 # %% ../../nbs/experiments/00_variants.ipynb #c016
 def only_examples(losses: HeadLosses, indices: Sequence[int]) -> HeadLosses: # The same with these examples only
     indices = list(indices)
-    kept = {name: tuple(getattr(losses, name)[index] for index in indices) for name in ("stratum", "task", "uid")}
+    kept = {name: tuple(map(getattr(losses, name).__getitem__, indices)) for name in ("stratum", "task", "uid")}
     tokens = None if losses.tokens is None else losses.tokens[indices]
     return replace(losses, masked=losses.masked[..., indices], intact=losses.intact[indices], tokens=tokens, **kept)
 
 def losses_of_task(losses: HeadLosses, family: str) -> HeadLosses: # The same with this benchmark's examples only
     "One task of a table; one that is not in it raises `BadInput`."
-    indices = [index for index, task in enumerate(losses.task) if task in TASKS and task_family(task) == family]
+    of_family = {task for task in {*losses.task} if task in TASKS and task_family(task) == family}
+    indices = [index for index, task in enumerate(losses.task) if task in of_family]
     if not indices:
         raise BadInput(f"The table of losses has no examples of {family}: expected some; it holds "
                        f"{', '.join(sorted(set(losses.task)))}.")
