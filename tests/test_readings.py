@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from cap_nb.core.files import read_checked, read_tensors, write_checked, write_t
 from cap_nb.data.problems import CALIBRATED, FRESH, load_problems, task_title
 from cap_nb.data.prompts import collate
 from cap_nb.evaluation import evaluation_problems
+from cap_nb.experiments.variants import check_variants
 from cap_nb.importance import importance_factors
 from cap_nb.jobs.job import check_job, drawn_problems, job_calibration, problems_fingerprint, run_job, spared_problems
 from cap_nb.jobs.records import load_run, mask_fingerprint, read_run
 from cap_nb.jobs.results import CHOSEN, judged, read_families
 from cap_nb.jobs.settings import Job, SinglePruning, changed, check_names
-from cap_nb.methods.prune import READINGS, prune
+from cap_nb.methods.prune import READINGS, check_fits, prune
 from cap_nb.methods.resumed_scoring import load_losses, save_losses, score_heads
 from cap_nb.methods.streaming import prune_checkpoint
 from cap_nb.models.anatomy import projections
@@ -103,7 +105,16 @@ def test_slices_that_do_not_fit_are_refused_before_a_weight_changes(build, sente
     model, heads = build(), torch.ones(3, 4)
     refuses(sentence, prune, model, "cap.literal", 0.5, heads)
     assert not zeros_of(model).any()
+    refuses(sentence, check_fits, "cap.literal", model) # before anything is scored
+    refuses(sentence, check_variants, SimpleNamespace(model=model), ("cap~regions-literal",), None)
     region_factors(model, Factors(heads)) # the heads' own fit every family
+
+
+def test_neurons_of_mlps_of_different_widths_are_refused_before_scoring():
+    model = tiny_llama()
+    model.model.layers[1].mlp = tiny_llama(intermediate_size=36).model.layers[1].mlp
+    refuses("expected as many in each", check_fits, "cap.neurons", model)
+    check_fits("cap", model)
 
 
 # by name, in a run and in single steps

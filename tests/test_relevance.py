@@ -8,7 +8,7 @@ from proofs import TINY_MODELS, tiny_calibration, tiny_model
 
 from fixtures import refuses
 from cap_nb.methods.attributions import (
-    PRODUCT_RULES, clamped_rule, differentiable, gold_logits, head_relevance, relevance_rules)
+    PRODUCT_RULES, clamped_rule, differentiable, gold_logits, head_relevance, relevance_rules, watched_heads)
 from cap_nb.models.anatomy import decoder_layers, final_norm
 from cap_nb.models.families import clamped_product
 from cap_nb.models.interventions import changed_input, hook_count, watching
@@ -40,6 +40,16 @@ def arriving(model, batch, attention, monkeypatch):
         slopes = torch.autograd.grad(logits, inputs + biases, allow_unused=True)
     held = sum((w * s).sum() for w, s in zip(inputs + biases, slopes) if s is not None)
     return held.item(), logits.item()
+
+
+def test_products_of_16_bits_are_made_in_32():
+    """Products of two float16 are exact in float32; made in float16 they are rounded, and below 3e-8 they are 0."""
+    model, batch = first_batch("llama")
+    model.half()
+    with relevance_rules(model, "attnlrp"), differentiable(model), watched_heads(model) as outputs:
+        slopes = torch.autograd.grad(gold_logits(model, batch).sum(), outputs)
+    by_head = [(z.detach().double() * slope.double()).unflatten(-1, (6, -1)).sum((1, 3)) for z, slope in zip(outputs, slopes)]
+    torch.testing.assert_close(head_relevance(model, batch), torch.stack(by_head, 1), rtol=1e-9, atol=1e-12)
 
 
 def test_a_product_without_a_rule_is_refused(monkeypatch):

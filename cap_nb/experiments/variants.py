@@ -35,7 +35,7 @@ from ..models.anatomy import projections
 from ..models.decoding import Decoding, generate_greedy, token_limit
 from ..models.families import HOLDS
 from ..models.loading import fingerprint_differences
-from ..regions import Factors
+from ..regions import check_literal, Factors
 from ..scoring import HeadLosses, causal_scores, token_counts
 from ..threshold import PruneReport, prune_report
 
@@ -224,7 +224,8 @@ def text_set(ready: Ready, sources: Sources) -> Calibration: # Plain text to cal
     return text_like(ready.tokenizer, ready.calibration, text, sources.text_windows)
 
 def check_variants(ready: Ready, names: Sequence[str], sources: Sources) -> None:
-    "Raise `BadInput` for variants that the calibration set or the text cannot serve."
+    "Raise `BadInput` for variants that the calibration set, the text or the model's slices cannot serve."
+    if any(VARIANTS[name].layout == "literal" for name in names): check_literal(ready.model)
     held = sorted({task_family(e.task) for e in ready.calibration.examples if e.task in TASKS})
     for name in names:
         variant = VARIANTS[name]

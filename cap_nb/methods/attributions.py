@@ -15,7 +15,7 @@ from cap_nb.data.prompts import IGNORED, collate
 from cap_nb.models.anatomy import (
     anatomy, decoded, decoder_layers, dimensions, output_projection, Projection, projections, Routing, routing_of)
 from cap_nb.models.interventions import all_of, changed_input, changed_output, chosen_experts, experts_output, watching
-from cap_nb.scoring import batches_of, causal_scores, mean_by_example
+from cap_nb.scoring import batches_of, causal_scores, mean_by_example, token_counts
 
 def gated_heads(model: nn.Module, gates: torch.Tensor) -> AbstractContextManager[None]:
     "While the block runs, every head's output times its gate, [L, H] or [B, L, H] (Nam et al. 2025, section 3.1)."
@@ -48,11 +48,12 @@ def gradient_activation(model: nn.Module, calibration: Calibration, batch_tokens
 
 # %% ../../nbs/methods/06_attributions.ipynb #b3d054cb
 from tqdm.auto import tqdm
-from cap_nb.core.errors import BadInput
+from cap_nb.core.errors import BadInput, check_at_least, check_choice
 
 def integrated_gradients(model: nn.Module, calibration: Calibration, steps: int = 16,
                          batch_tokens: int = 4096) -> torch.Tensor: # Nats, [L, H]
     "Integrated gradients from all heads at zero to the intact model, midpoint rule (Sundararajan et al. 2017, eq. 1)."
+    check_at_least(steps, 1, "steps")
     batches = tqdm(list(batches_of(calibration.examples, batch_tokens, model)), "integrated gradients", unit="batch")
     found = (gate_slopes(model, batch, (step + 0.5) / steps)[1] for _, batch in batches for step in range(steps))
     return -sum(slopes.sum(0) for slopes in found) / (steps * len(calibration.examples))
@@ -72,6 +73,7 @@ def replaced_head(model: nn.Module, layer: int, head: int, outputs: torch.Tensor
 def ablation_rise(model: nn.Module, calibration: Calibration, replacement: Callable[..., Sequence[torch.Tensor]],
                   batch_tokens: int = 4096) -> torch.Tensor: # Nats, [L, H]
     "The mean rise of the loss with a head's output replaced: (indices of examples, batch) -> outputs of each layer."
+    token_counts(calibration) # or refuse an example without a target
     a = anatomy(model)
     rise = torch.zeros(a.layers, a.heads, dtype=torch.float64)
     batches = list(batches_of(calibration.examples, batch_tokens, model))
@@ -181,7 +183,7 @@ def descend(leaves: Sequence[torch.Tensor], count: int, fit: object, terms: Call
 class GateFit:
     "Settings of a fit of gates (Nam et al. 2025, section 3 and appendix)."
     regularisation: float = 0.1 # lambda, 0 or more: nats for a rise of the mean logit by 1
-    push: str = "retain" # "retain" towards 1, "remove" towards 0
+    push: str = "retain" # "retain" towards 1, "remove" towards 0; `pushed_gates` has a push of its own instead
     steps: int = 100 # Adam steps
     rates: tuple[float, float] = (0.5, 0.1) # Learning rate of the first and of the last step
     examples: int = 16 # Examples a step
@@ -206,7 +208,7 @@ def head_gates(model: nn.Module, calibration: Calibration, fit: GateFit = GateFi
         start = torch.rand(a.layers, a.heads, dtype=torch.float64, generator=rng)
     logits = torch.logit(start.detach().double().cpu(), eps=1e-6)
     logits.requires_grad_()
-    weight = fit.regularisation * PUSHES[fit.push]
+    weight = fit.regularisation * PUSHES[check_choice(fit.push, PUSHES, "push")]
     descend([logits], len(calibration.examples), fit, lambda indices: gate_objective(
         model, some_examples(calibration, indices), logits, weight, batch_tokens))
     return logits.detach().sigmoid()
@@ -352,7 +354,9 @@ def head_relevance(model: nn.Module, batch: dict[str, torch.Tensor], attention: 
     with relevance_rules(model, attention), differentiable(model), watched_heads(model) as outputs:
         slopes = torch.autograd.grad(gold_logits(model, batch).sum(), outputs)
     size = anatomy(model).head_size
-    by_head = [(z * slope).detach().double().unflatten(-1, (-1, size)).sum((1, 3)) for z, slope in zip(outputs, slopes)]
+    def products(z: torch.Tensor, slope: torch.Tensor) -> torch.Tensor: # those of 16 bits in 32
+        return z.detach().to(torch.promote_types(z.dtype, torch.float32)) * slope
+    by_head = [products(*pair).double().unflatten(-1, (-1, size)).sum((1, 3)) for pair in zip(outputs, slopes)]
     return torch.stack([of_layer.cpu() for of_layer in by_head], 1)
 
 def relevance(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096) -> torch.Tensor:

@@ -202,15 +202,24 @@ class ThresholdFit:
     examples: int = 24 # Examples a step
     seed: int = 0 # Seed of the order of the examples
 
-def on_budget(scores: UnitTable, thresholds: torch.Tensor, weights: UnitTable, sparsity: float,
+def share_of_units(model: nn.Module, weights: UnitTable, sparsity: float) -> float:
+    "The share of what goes with units that is a sparsity of all weights; more than they hold raises `BadInput`."
+    most = sum(part.sum().item() for part in (weights.heads, weights.neurons))
+    most /= sum(p.weight.numel() for p in projections(model))
+    if check_sparsity(sparsity) > most:
+        raise BadInput(f"Sparsity {sparsity:g} was asked of removing heads and neurons, which hold {most:.1%} of the "
+                       "weights in scope: expected at most that; ask for less.")
+    return sparsity / most
+
+def on_budget(scores: UnitTable, thresholds: torch.Tensor, weights: UnitTable, share: float,
               temperature: float) -> torch.Tensor: # [L, 2]
-    "Add one number to all thresholds so that the share of weights that go is the sparsity."
+    "Add one number to all thresholds so that a share of what goes with units goes."
     whole, low, high = sum(part.sum() for part in (weights.heads, weights.neurons)), -2.0, 2.0
     for _ in range(40):
         middle = (low + high) / 2
         kept = kept_softly(scores, thresholds + middle, temperature)
         gone = 1 - ((weights.heads * kept.heads).sum() + (weights.neurons * kept.neurons).sum()) / whole
-        low, high = (middle, high) if gone < sparsity else (low, middle)
+        low, high = (middle, high) if gone < share else (low, middle)
     return thresholds + (low + high) / 2
 
 def fit_thresholds(model: nn.Module, calibration: Calibration, scores: UnitTable, sparsity: float,
@@ -218,11 +227,12 @@ def fit_thresholds(model: nn.Module, calibration: Calibration, scores: UnitTable
                    batch_tokens: int = 4096) -> torch.Tensor: # Of heads and of neurons, float64 [L, 2]
     "Layer-wise thresholds learned on examples (after Yu and Xiang 2023); they start from one for all layers."
     weights, leaf = unit_weights(model), torch.zeros(len(scores.heads), 2, dtype=torch.float64)
-    leaf = on_budget(scores, leaf, weights, sparsity, fit.temperature).requires_grad_()
+    share = share_of_units(model, weights, sparsity)
+    leaf = on_budget(scores, leaf, weights, share, fit.temperature).requires_grad_()
     def terms(indices: list[int]) -> Iterator[torch.Tensor]:
         return gated_losses(model, calibration, indices, batch_tokens,
                             lambda within: kept_softly(scores, leaf, fit.temperature))
-    def project() -> None: leaf.data = on_budget(scores, leaf.detach(), weights, sparsity, fit.temperature)
+    def project() -> None: leaf.data = on_budget(scores, leaf.detach(), weights, share, fit.temperature)
     descend([leaf], len(calibration.examples), fit, terms, project)
     return leaf.detach()
 
@@ -241,10 +251,11 @@ def weights_in_order(model: nn.Module, order: torch.Tensor) -> torch.Tensor: # F
 
 def units_to_remove(model: nn.Module, scores: UnitTable, thresholds: torch.Tensor, sparsity: float) -> UnitTable:
     "Which units go, bool [L, units]: the lowest above their layer's threshold, as many as come nearest to a sparsity."
+    share_of_units(model, unit_weights(model), sparsity) # or refuse
     heads, neurons = scores.heads - thresholds[:, :1], scores.neurons - thresholds[:, 1:]
     order = torch.cat([heads.flatten(), neurons.flatten()]).argsort(stable=True)
     zeros = torch.cat([torch.zeros(1).double(), weights_in_order(model, order)])
-    wanted = check_sparsity(sparsity) * sum(p.weight.numel() for p in projections(model))
+    wanted = sparsity * sum(p.weight.numel() for p in projections(model))
     taken = torch.zeros(len(order), dtype=torch.bool)
     taken[order[:(zeros - wanted).abs().argmin()]] = True
     return UnitTable(taken[:heads.numel()].view(heads.shape), taken[heads.numel():].view(neurons.shape))

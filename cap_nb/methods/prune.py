@@ -26,7 +26,7 @@ from cap_nb.methods.criteria import (
 from cap_nb.methods.experts import check_has_experts, ROUTING_AWARE
 from cap_nb.methods.explainable_masks import head_share, prune_heads
 from cap_nb.methods.layer_walk import LayerStep
-from cap_nb.methods.neurons import NEURON_AWARE, UNIT_AWARE, unit_aware_factors, weighing
+from cap_nb.methods.neurons import neuron_table, NEURON_AWARE, UNIT_AWARE, unit_aware_factors, weighing
 from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.methods.selection import (
     check_pattern, check_pattern_fits, Criterion, Measurements, pattern_of, SCOPES, smallest_in_groups, TIES)
@@ -37,7 +37,7 @@ from cap_nb.methods.update import joint_update, updated_weight
 from cap_nb.methods.wanda import regional_gradients, zero_shares_within
 from cap_nb.models.anatomy import Projection, projections
 from cap_nb.models.loading import model_fingerprint
-from cap_nb.regions import as_factors, Factors, region_factors
+from cap_nb.regions import as_factors, check_literal, Factors, region_factors
 from cap_nb.scoring import causal_scores, HeadLosses
 from cap_nb.threshold import prune_report, PruneReport
 
@@ -179,9 +179,11 @@ def check_method(name: str) -> MethodName:
     return parts
 
 def check_fits(name: str, model: nn.Module) -> None:
-    "Refuse a method that names experts on a model without them, or a pattern that does not fit, with `BadInput`."
+    "Refuse a method whose experts, neurons, slices or pattern do not fit a model, with `BadInput`."
     parts = parse_method(name)
     if parts.attribution in ROUTING_AWARE: check_has_experts(model, f"Method {name!r}")
+    if parts.attribution in NEURON_AWARE: neuron_table(model) # or refuse
+    if reading_of(parts.attribution).layout == "literal": check_literal(model)
     check_pattern_fits(projections(model), own_scope(parts))
 
 # %% ../../nbs/methods/24_prune.ipynb #76344ba9

@@ -249,7 +249,7 @@ def swap_rows(weight: torch.Tensor, mask: torch.Tensor, gram: torch.Tensor, choo
 
 # %% ../../nbs/methods/14_swaps.ipynb #c056
 from functools import partial
-from cap_nb.core.errors import BadInput
+from cap_nb.core.errors import BadInput, check_at_least
 from cap_nb.methods.sparsegpt import check_finite
 
 WEIGHTS_AT_ONCE = 2 ** 22 # Rows are taken in parts of so many weights on a processor
@@ -266,6 +266,8 @@ def swapped_mask(
     name: str = "the matrix", # Name of the module, for messages
 ) -> torch.Tensor: # Which weights are removed, bool [out, in], as many in every row
     "Exchange removed for kept weights while the error of the row's output falls (Zimmer et al. 2025), in float32."
+    check_at_least(candidates, 1, "candidates")
+    check_at_least(most, 0, "most")
     check_finite(weight, hessian, name)
     if pattern and (mask.unflatten(1, (-1, pattern[1])).sum(2) != pattern[0]).any():
         zeros, of = pattern

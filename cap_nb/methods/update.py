@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 import torch
-from cap_nb.core.errors import BadInput
+from cap_nb.core.errors import BadInput, check_choice
 from cap_nb.methods.selection import smallest_in_groups, smallest_in_rows
 from cap_nb.methods.sparsegpt import cheapest, check_finite, damped_hessian, MadeOnce
 from cap_nb.methods.swaps import GOING, part_of
@@ -174,6 +174,7 @@ Choose = Callable[[torch.Tensor], torch.Tensor] # Magnitudes [out, in] -> what g
 
 def chooser(sparsity: float, pattern: tuple[int, int] | None, scope: str) -> Choose:
     "A function that chooses the smallest magnitudes: keep-k, the other way round."
+    check_choice(scope, ("matrix", "row"), "scope of the joint solver")
     if pattern is not None: return lambda sizes: smallest_in_groups(sizes, *pattern)
     if scope == "row": return lambda sizes: smallest_in_rows(sizes, sparsity)
     return lambda sizes: cheapest(sizes, zero_count(sizes.numel(), sparsity))

@@ -119,7 +119,7 @@ def regional_gradients(step: LayerStep) -> dict[str, torch.Tensor]: # Module nam
 
 def rgs_score(e: Evidence, alpha: float = 100.0) -> torch.Tensor: # [out, in]
     "Magnitude times the input's norm and the regional gradient (Yang et al. 2025, the score of Wanda++)."
-    return e.weight.abs() * (alpha * e.gradient + e.norm)
+    return e.weight.abs() * (alpha * e.gradient + e.norm).clamp_min(LEAST)
 
 RGS = Criterion(name="rgs", score=rgs_score, needs=("norm", "regional_gradient"), scope="row",
                 says="|W| times the norm of its input and 100 times the gradient of its layer's output",
