@@ -138,10 +138,10 @@ def check_unread(job: Job, folder: Path | None = None) -> None: # The folder of 
     if tokens is not None and job.evaluate.accuracy_tasks == ():
         raise BadInput(f"--max-new-tokens {tokens} was given with --accuracy-tasks none: expected tasks to answer; "
                        "name some, or leave --max-new-tokens out.")
+    if any(check_method(method).attribution in UNIT_AWARE for method in asked.methods): return
     if folder is not None and is_run(folder): return
     check_scores_wanted(job)
-    if asked.aggregation == PruneSettings.aggregation or asked.budget is not None: return # a budget is checked itself
-    if not any(check_method(method).attribution in UNIT_AWARE for method in asked.methods):
+    if asked.aggregation != PruneSettings.aggregation and asked.budget is None: # a budget is checked itself
         check_some_masked(job, "--aggregation")
 
 # %% ../../nbs/jobs/03_job.ipynb #c010
