@@ -33,8 +33,8 @@ from .experiments.harness import check_harness_tasks, harness_results, harness_t
 from .importance import importance_factors
 from .jobs.chains import Answering, kept_examples, own_chains, task_counts, too_few
 from .jobs.job import (
-    chains_of, check_job, check_problems, check_screening, check_unread, check_windows_fit, evaluate,
-    evaluation_data, filled_in, job_calibration, model_configuration, never_drawn, Ready, spared_problems,
+    chains_of, check_job, check_problems, check_scores_wanted, check_screening, check_unread, check_windows_fit,
+    evaluate, evaluation_data, filled_in, job_calibration, model_configuration, never_drawn, Ready, spared_problems,
     targets_configuration)
 from .jobs.planning import plan, plan_text
 from .jobs.records import environment, load_evaluation, save_evaluation
@@ -365,7 +365,8 @@ def check_pruning(job: Job, pruning: SinglePruning) -> None:
 def prune_into(job: Job, pruning: SinglePruning, out: Path, says: str | None = None) -> PruneReport: # What was done
     "Prune a model and save it with a record of how; what needs no model is refused before one is loaded."
     check_started_once("cap prune")
-    check_job(changed(job, methods=(pruning.method,), sparsities=(pruning.sparsity,)))
+    check_job(asked := changed(job, methods=(pruning.method,), sparsities=(pruning.sparsity,)))
+    check_scores_wanted(asked)
     check_pruning(job, pruning)
     with stop_says(says or sentence_of_stop(pruning)), working_folder(out) as working:
         return (prune_on_disk if pruning.stream else prune_in_memory)(job, pruning, out, working)

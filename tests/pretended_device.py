@@ -23,7 +23,7 @@ from fixtures import made_up_calibration, refuses, tiny_config, tiny_llama
 from programs import FEW, output_of
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, MixtralConfig, ViTConfig, ViTForImageClassification
 
 from cap_nb.calibration import Calibration
 from cap_nb.core.devices import device_name, finish, make_current, memory_of, memory_taken
@@ -32,6 +32,7 @@ from cap_nb.core.registry import ATTRIBUTIONS
 from cap_nb.evaluation import accuracy, held_out_losses, perplexity
 from cap_nb.data.problems import load_problems
 from cap_nb.data.prompts import IGNORED
+from cap_nb.experiments.vision import ImageReader
 from cap_nb.jobs.chains import Answering, own_chains
 from cap_nb.jobs.settings import FineTuning, SpeedSettings
 from cap_nb.methods import resumed_scoring
@@ -365,6 +366,17 @@ def test_the_prefixes_of_all_heads_find_room_too(monkeypatch):
     monkeypatch.setattr(resumed_scoring, "masked_losses", lambda *given: (seen.append(len(given[4])), masked(*given))[1])
     score_heads(tiny_llama().to(DEVICE), Calibration.from_examples(shared, k=3))
     assert set(seen) == {1}
+
+
+def test_images_stay_where_they_are():
+    """The model alone is on the device; its images are in main memory, or there too."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 36, "image_size": 16, "patch_size": 8, "num_channels": 1}
+    model, images, ids = ViTForImageClassification(ViTConfig(**sizes)).eval(), torch.randn(4, 1, 16, 16), torch.arange(3)[:, None].expand(3, 5)
+    with torch.no_grad():
+        here = ImageReader(model, images)(ids).logits
+        model.to(DEVICE)
+        for place in (PROCESSOR, DEVICE):
+            torch.testing.assert_close(ImageReader(model, images.to(place))(ids.to(DEVICE)).logits.cpu(), here)
 
 
 def test_only_attention_rounds_otherwise():

@@ -17,7 +17,7 @@ from cap_nb.jobs.tables import (
     head_importance_in_words, interval_text, pairs_with, plot_importance_distribution, plot_sparsity_curves,
     table_csv, table_latex, table_markdown, table_notes)
 from cap_nb.evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity, wilson_interval
-from cap_nb.experiments.seeds import compare_over_seeds, seed_table
+from cap_nb.experiments.seeds import compare_over_seeds, plot_seed_spread, seed_table
 from fixtures import refuses
 from cap_nb.jobs.report import count_in_words
 
@@ -279,6 +279,8 @@ def test_three_seeds_leave_undecided_what_each_of_them_decides():
     assert [c.value for c in over_seeds.values()] == pytest.approx([100 * (6 + 26 + 10) / 120])
     assert means["Calibration"].iloc[0] == 0 and means["Calibration"].iloc[1] > 10
     refuses("share no method", seed_table, {0: runs[0][:1], 1: runs[1][1:]})
+    part = plot_seed_spread(means.drop(("Magnitude", 0.5, "ARC-C.")), runs)
+    assert [label.get_text() for label in part.axes[0].get_xticklabels()] == ["CAP\n50 %"], "what is not in the table is not drawn"
     other = Evaluation(method="magnitude", sparsity=0.5, reached=0.5, answers=answers("arc", 1, 41))
     refuses("cap and magnitude were not measured on", compare_over_seeds, {seed: [other, run[1]] for seed, run in runs.items()}, [("cap", "magnitude")])
 

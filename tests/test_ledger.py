@@ -108,10 +108,12 @@ def test_neurons_at_a_sparsity_that_the_main_run_lacks_are_refused():
     refuses("and the main run 9", neuron_cells, FIGURES, "lab", fewer, model)
 
 
-def test_the_dense_model_s_answers_are_those_of_this_model():
+def test_the_dense_model_s_answers_are_those_of_this_model(tmp_path):
     dense = answers_of_dense(FIGURES / "qwen_answers", load_run(FIGURES / "qwen"), {})
     assert len(dense) == 200 and sum(answer.lenient_correct for answer in dense) == 50
     refuses("differ in", answers_of_dense, FIGURES / "qwen_answers", load_run(FIGURES / "lab_methods"), {})
+    write_checked(tmp_path / "run.json", read_run(FIGURES / "qwen_answers"))
+    assert answers_of_dense(tmp_path, load_run(FIGURES / "qwen"), {}) == (), "it was stopped before its dense cell"
     cells = {(e.method, e.sparsity): e for e in load_run(QWEN / "solvers").evaluations}
     records = ModelRecords("qwen", {}, runs={"held out": {0: cells}}, dense_answers=dense)
     kept = asked("right answers kept", records, first="alps")
@@ -120,6 +122,19 @@ def test_the_dense_model_s_answers_are_those_of_this_model():
     others = replace(records, dense_answers=(*dense, replace(dense[0], task="arc")))
     assert asked("right answers kept", others, first="alps") == kept
     refuses("problems were not put to the pruned one", answered_by_both, cells["alps", 0.5].answers, dense)
+
+
+def test_what_a_row_misspells_is_refused_and_not_called_unmeasured():
+    """A task without examples is not measured; an unknown aggregation, task or variant, or a table that cannot be read so, is a mistake."""
+    losses = load_run(FIGURES / "lab").losses
+    records = ModelRecords("lab", {}, losses=losses)
+    assert asked("share below zero", records, first="paired") and asked("agreement of tasks", records, first="gsm8k", second="arc")
+    refuses("Unknown aggregation 'pairde'", asked, "share below zero", records, first="pairde")
+    refuses("score again", asked, "share below zero", replace(records, losses=replace(losses, tokens=None)), first="pooled")
+    refuses("Unknown task 'gsm8'", asked, "agreement of tasks", records, first="gsm8", second="arc")
+    refuses("Unknown variant 'cap~subset-5'", asked, "agreement", records, of="blocks", first="cap~subset-5")
+    one = only_examples(losses, [index for index, task in enumerate(losses.task) if task == "lab-arc"])
+    assert asked("agreement of tasks", ModelRecords("lab", {}, losses=one), first="gsm8k", second="arc") is None
 
 
 def test_several_answers_to_a_problem_count_as_one():

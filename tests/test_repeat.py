@@ -11,7 +11,7 @@ from programs import called as cap, output_of
 from fixtures import refuses
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.data.lab_world import lab_text
-from cap_nb.jobs.job import check_origin, prepare, run_job
+from cap_nb.jobs.job import check_origin, check_unread, prepare, run_job
 from cap_nb.jobs.plugins import plugins_loaded
 from cap_nb.jobs.records import job_of, load_run, pack_run
 from cap_nb.jobs.report import command_of
@@ -52,6 +52,17 @@ def test_a_run_that_grew_is_compared_where_both_have_cells(run, tmp_path):
     assert compare_repeated(first, more).equals(compare_repeated(first, first))
     shutil.copytree(run, tmp_path / "begun", ignore=shutil.ignore_patterns("evaluations"))
     refuses("begun has no finished evaluation yet", repeat_run, tmp_path / "begun", tmp_path / "again")
+
+
+@pytest.mark.parametrize("given", [{"score_target": "divergence"}, {"budget": 0.7, "aggregation": "mean"}])
+def test_a_method_that_reads_no_scores_is_repeated_and_added_alone(given, tmp_path):
+    """The run's target of scores and its budget stand in its record and were not given for this method; a new run with it is refused."""
+    job = changed(SMALL, methods=("cap", "wanda"), n=3, accuracy_tasks=(), **given)
+    run_job(job, tmp_path / "run")
+    table = repeat_run(tmp_path / "run", tmp_path / "again", ["wanda"])
+    assert table["compared"].tolist() == table["equal"].tolist() and table["compared"].sum()
+    check_unread(alone := changed(job, methods=("wanda",)), tmp_path / "run")
+    refuses("none of wanda is scored by masking heads", check_unread, alone, tmp_path / "new")
 
 
 def test_other_data_is_noticed_at_the_command_line(run, tmp_path):

@@ -58,6 +58,8 @@ def test_a_budget_in_a_file_takes_means_as_on_the_command_line(tmp_path):
         jobs = sweep_jobs(read_config(written(tmp_path, text), known), known, Job())
         assert {job.prune.aggregation for job in jobs.values()} == {how}
     refuses("takes medians of whole subsets", sweep_jobs, read_config(written(tmp_path, "budget: 0.3\naggregation: paper"), known), known, Job())
+    for text in ("budget: 0.3", "score-target: divergence"):
+        refuses("none of wanda is scored by masking", sweep_jobs, read_config(written(tmp_path, f"{text}\nmethods: wanda"), known), known, Job())
 
 
 def test_what_a_sweep_leaves(sweep):

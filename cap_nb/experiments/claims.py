@@ -26,7 +26,7 @@ from ..calibration import deal_subsets
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import read_checked, sha256_of_file, write_json, write_text
 from ..core.plots import blank_figure, in_style, save_figure
-from ..data.problems import task_family
+from ..data.problems import task_family, TASKS
 from ..evaluation import AnswerRecord, Evaluation, bootstrap_interval, right_shares
 from .seeds import split_variance
 from .variants import FEWEST_CHAINS, VARIANTS, losses_of_task, only_examples, variant_scores
@@ -185,7 +185,8 @@ def answers_of_dense(folder: Path, main: Run, held_out: Mapping[int, Cells]) -> 
     if (run := run_in(folder)) is None: return ()
     about = main.configuration["model"]
     check_same(folder, ingredients(run.configuration), {"model": about["fingerprint"], "dtype": about["dtype"]})
-    return cells_of_run(run)["dense", 0.0].answers
+    dense = cells_of_run(run).get(("dense", 0.0))
+    return dense.answers if dense else () # stopped before it
 
 # %% ../../nbs/experiments/02_claims.ipynb #241b5e5a
 def models_of_few_runs(figures: Path) -> list[str]: # Names, as in ["qwen"]
@@ -368,8 +369,10 @@ def over_examples(statistic: Callable[..., float], unit: str, draws: int = 500) 
     "A number of the table of losses, with a percentile bootstrap over the calibration examples of each task."
     def measure(case: Claim, records: ModelRecords, confidence: float) -> Comparison | None:
         if (losses := records.losses) is None: return None
-        try: value = statistic(losses, case.first, case.second)
-        except BadInput: return None # not measured: the table has no examples of a task
+        held = {task_family(task) for task in losses.task if task in TASKS}
+        if statistic is agreement_of_tasks and not {task_family(case.first), task_family(case.second)} <= held:
+            return None # not measured: the table has no examples of a task
+        value = statistic(losses, case.first, case.second)
         task, rng, drawn = np.array(losses.task), np.random.default_rng(0), []
         tasks = [np.flatnonzero(task == t) for t in sorted(set(losses.task))]
         for _ in range(draws): # within strata of two examples half of the variance would be missing
@@ -418,7 +421,7 @@ def over_sets(statistic: Callable[[Sequence[HeadLosses], Claim], float], fewest:
 # %% ../../nbs/experiments/02_claims.ipynb #bf2c4611
 def mean_agreement(sets: Sequence[HeadLosses], variant: str) -> float:
     "How alike several calibration sets rank the heads."
-    scores = [variant_scores(losses, VARIANTS[variant]) for losses in sets]
+    scores = [variant_scores(losses, VARIANTS[check_choice(variant, VARIANTS, "variant")]) for losses in sets]
     return float(np.mean([rank_correlation(a, b) for a, b in itertools.combinations(scores, 2)]))
 
 def agreement_gained(sets: Sequence[HeadLosses], case: Claim) -> float:

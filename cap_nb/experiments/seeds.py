@@ -239,8 +239,10 @@ def plot_seed_spread(
     tall = -(-len(measures) // wide)
     figure, panels = blank_figure(tall, wide, (3.5 * wide, 2.5 * tall + 0.3))
     for ax, measure in zip(panels.flat, measures):
-        numbers = {cell: layout[measure].mean(axis=1) for cell, layout in layouts.items() if measure in layout}
-        draw_seeds(ax, table.xs(measure, level="Measure"), numbers, looks)
+        rows = table.xs(measure, level="Measure")
+        numbers = {(method, sparsity): layout[measure].mean(axis=1) for (method, sparsity), layout in layouts.items()
+                   if measure in layout and (method_title(method), sparsity) in rows.index}
+        draw_seeds(ax, rows, numbers, looks)
         ax.set_title(measure)
     for ax in panels.flat[len(measures):]: ax.axis("off")
     figure.suptitle(title)

@@ -9,7 +9,7 @@ __all__ = ['run_variants']
 import itertools
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
@@ -151,9 +151,9 @@ def window_starts(lengths: Sequence[int], tokens: int) -> list[int]: # Where eac
 
 # %% ../../nbs/experiments/00_variants.ipynb #c043
 def text_like(tokenizer: object, like: Calibration, text: str, windows: int | None = None) -> Calibration:
-    "A calibration set of plain text (paper section 6); a text too short for its windows raises `BadInput`."
+    "A calibration set of plain text (paper section 6); a text too short, or more windows than examples: `BadInput`."
     total = len(like.examples)
-    windows = total if windows is None else min(total, check_at_least(windows, 1, "The number of windows"))
+    windows = total if windows is None else check_at_least(windows, 1, "The number of windows", total)
     ids = tokenizer(text, verbose=False)["input_ids"]
     lengths = [len(like.examples[index * total // windows].input_ids) for index in range(windows)]
     cut = [tuple(ids[start:start + length]) for start, length in zip(window_starts(lengths, len(ids)), lengths)]
@@ -168,19 +168,28 @@ def answers_to(ready: Ready, examples: Sequence[Example]) -> list[AnswerRecord]:
     style = ready.job.calibrate.style
     return [answer_record(e, output, ready.tokenizer, style) for e, output in zip(examples, outputs)]
 
-def calibration_answers(ready: Ready, folder: Path) -> tuple[AnswerRecord, ...]: # One record a calibration problem
-    "The dense model's answers to the calibration problems, generated only if they are not there."
-    path, examples = folder/"chains"/"answers", [e for e in ready.calibration.examples if e.task in TASKS] # no text
+def kept_answers(ready: Ready, path: Path, made: Callable[[], Sequence[AnswerRecord]]) -> tuple[AnswerRecord, ...]:
+    "The answers of a folder, made and saved if they are not there; other limits of tokens raise `BadInput`."
     if not path.exists():
-        with timed(folder, "chains"):
-            records = [record for task in dict.fromkeys(example.task for example in examples)
-                       for record in answers_to(ready, [example for example in examples if example.task == task])]
-        save_evaluation(Evaluation(method="dense", sparsity=0.0, reached=0.0, answers=tuple(records)), path)
+        save_evaluation(Evaluation(method="dense", sparsity=0.0, reached=0.0, answers=tuple(made())), path)
     answers, most = load_evaluation(path).answers, ready.job.evaluate.max_new_tokens
     limits = {answer.task: token_limit(answer.task, most) for answer in answers}
     if any(a.tokens > limits[a.task] or a.cut_off and a.tokens < limits[a.task] for a in answers):
         raise BadInput(f"{path} holds chains with other limits of tokens than {', '.join(map(str, limits.values()))}: "
                        "expected the same; give the --max-new-tokens of before, or another folder.")
+    return answers
+
+def calibration_answers(ready: Ready, folder: Path) -> tuple[AnswerRecord, ...]: # One record a calibration problem
+    "The dense model's answers to the calibration problems; a task that is answered is not generated again."
+    parts, by_task = folder/"unfinished"/"chains", {}
+    for example in ready.calibration.examples:
+        if example.task in TASKS: by_task.setdefault(example.task, []).append(example) # no text
+    def all_tasks() -> list[AnswerRecord]:
+        with timed(folder, "chains"):
+            return [answer for task, examples in by_task.items()
+                    for answer in kept_answers(ready, parts/task, lambda: answers_to(ready, examples))]
+    answers = kept_answers(ready, folder/"chains"/"answers", all_tasks)
+    shutil.rmtree(parts, ignore_errors=True) # also where an earlier session died before
     return answers
 
 # %% ../../nbs/experiments/00_variants.ipynb #c051
@@ -239,6 +248,9 @@ def check_variants(ready: Ready, names: Sequence[str], sources: Sources) -> None
         try: deal_subsets(stratum, variant.k or ready.calibration.k)
         except BadInput as error: raise BadInput(f"Variant {name}: {error}") from None
     if any(VARIANTS[name].table == "text" for name in names): text_set(ready, sources)
+    elif sources.text_windows is not None:
+        raise BadInput(f"{sources.text_windows} windows of text were asked for, and no variant is calibrated on text: "
+                       "expected cap~calibration-text or the like; name it, or leave the windows out.")
 
 def variant_table(ready: Ready, folder: Path, which: str, sources: Sources) -> Table | None:
     "The table that a variant's heads are scored on, measured only if it is not there; None for too few chains."

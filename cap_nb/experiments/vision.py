@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 from transformers.models.vit import modeling_vit
+from ..core.errors import BadInput
 from ..models.families import FAMILIES, Family, add_family, under
 
 # %% ../../nbs/experiments/05_vision.ipynb #c005
@@ -34,7 +35,7 @@ class Backbone(nn.Module):
         body = model.base_model
         self.embeddings, self.layernorm = body.embeddings, body.layernorm
         self.layers = body.layers if hasattr(body, "layers") else body.encoder.layer # transformers 5, or 4
-        self.read = lambda numbers: body(pixel_values=images[numbers])[0]
+        self.read = lambda numbers: body(pixel_values=images[numbers.to(images.device)].to(numbers.device))[0]
 
     def forward(self, input_ids: torch.Tensor, cache: object = None, **others: object) -> torch.Tensor:
         "Hidden states after the final norm, [B, tokens, hidden]; there is no cache and no mask."
@@ -45,8 +46,12 @@ class ImageReader(nn.Module):
     "A vision transformer that is called as a language model is; it shares the model's weights."
     def __init__(self, model: nn.Module, images: torch.Tensor):
         super().__init__()
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        if kind not in IMAGE_MODELS or not hasattr(model, "classifier"):
+            raise BadInput(f"{type(model).__name__} is no image classifier that can be read: expected a ViT or DeiT "
+                           "with one classifier; give one such as ViTForImageClassification.")
         add_image_families()
-        self.config, self.kind, self.classifier = copy.copy(model.config), model.config.model_type, model.classifier
+        self.config, self.kind, self.classifier = copy.copy(model.config), kind, model.classifier
         self.config.model_type = f"{self.kind}-reader" # as the family is called
         self.add_module(self.kind, Backbone(model, images))
         self.eval()

@@ -85,7 +85,6 @@ def check_score_target(job: Job) -> None:
         if check_method(method).attribution in UNIT_AWARE:
             raise BadInput(f"Method {method!r} was given --score-target {target}: expected loss, since "
                            "neurons and experts are scored by losses; leave --score-target or the method out.")
-    check_some_masked(job, "--score-target")
 
 # %% ../../nbs/jobs/03_job.ipynb #816cb0b3
 def check_screening(job: Job) -> None:
@@ -104,7 +103,6 @@ def check_screening(job: Job) -> None:
         if reading_of(attribution).pooled:
             raise BadInput(f"Method {method!r} was asked for with --budget: expected a whole table, since losses are "
                            "pooled over the tokens of whole subsets; leave --budget or the method out.")
-    check_some_masked(job, "--budget")
 
 # %% ../../nbs/jobs/03_job.ipynb #ce60290c
 def check_job(job: Job) -> None:
@@ -129,15 +127,22 @@ def check_job(job: Job) -> None:
     dtype_named(job.model.dtype, job.model.device)
 
 # %% ../../nbs/jobs/03_job.ipynb #d568c1a4
+def check_scores_wanted(job: Job) -> None:
+    "Raise `BadInput` for a score target or a budget where no method has its heads masked."
+    if job.prune.score_target != PruneSettings.score_target: check_some_masked(job, "--score-target")
+    if job.prune.budget is not None: check_some_masked(job, "--budget")
+
 def check_unread(job: Job, folder: Path | None = None) -> None: # The folder of the run, if it is one
     "Raise `BadInput` for settings of a run or an evaluation that nothing in it reads."
     tokens, asked = job.evaluate.max_new_tokens, job.prune
     if tokens is not None and job.evaluate.accuracy_tasks == ():
         raise BadInput(f"--max-new-tokens {tokens} was given with --accuracy-tasks none: expected tasks to answer; "
                        "name some, or leave --max-new-tokens out.")
-    if asked.aggregation == PruneSettings.aggregation or asked.budget is not None: return # a budget is checked itself
     if any(check_method(method).attribution in UNIT_AWARE for method in asked.methods): return
-    if folder is None or not is_run(folder): check_some_masked(job, "--aggregation")
+    if folder is not None and is_run(folder): return
+    check_scores_wanted(job)
+    if asked.aggregation != PruneSettings.aggregation and asked.budget is None: # a budget is checked itself
+        check_some_masked(job, "--aggregation")
 
 # %% ../../nbs/jobs/03_job.ipynb #c010
 def distinct(values: tuple) -> tuple: # Each once, in order

@@ -24,7 +24,7 @@ from ..core.hub import folder_from_hub, Repository, Wanted
 from ..data.problems import is_here, task_family
 from ..data.prompts import IGNORED, token_batches
 from ..evaluation import token_limit
-from .job import check_job, filled_in, job_calibration
+from .job import check_job, check_scores_wanted, filled_in, job_calibration
 from .records import cells_of
 from .settings import changed, examples_by_kind, Job, MOST, option_of
 from .tables import markdown_rows
@@ -703,6 +703,7 @@ def plan(
     "What a job will take, from the model's configuration alone; a wrong name or count raises `BadInput`."
     elsewhere = isinstance(rates, str) and rates != "timed"
     check_job(job := placed_job(job, elsewhere))
+    check_scores_wanted(job)
     counts = {"devices": devices, "prompt-tokens": prompt_tokens, "target-tokens": target_tokens, "tries": tries}
     for name, count in counts.items():
         if count is not None: check_at_least(count, 1, f"--{name}", MOST)

@@ -243,7 +243,8 @@ def is_run(folder: Path) -> bool:
 # %% ../../nbs/jobs/00_records.ipynb #c029
 log = logging.getLogger(__name__)
 
-PIECES = {load_evaluation: ("evaluations/[!.]*", "chains/answers", "unfinished/[!.]*-*/[!.]*-*"),
+PIECES = {load_evaluation: ("evaluations/[!.]*", "chains/answers", "unfinished/chains/[!.]*",
+                            "unfinished/[!.]*-*/[!.]*-*"),
           read_checked: ("timings.json", "memory.json", "reports/[!.]*.json"),
           read_tensors: ("**/losses.safetensors", "attributions/[!.]*.safetensors", "factors/[!.]*.safetensors"),
           } # How a piece that can be made anew is read -> where such pieces lie

@@ -9,7 +9,8 @@ import pytest
 
 from cap_nb.core.errors import BadInput
 from fixtures import refuses
-from cap_nb.jobs.records import PACKED, load_run, pack_run, put_in_order, unpack_run
+from cap_nb.evaluation import Evaluation
+from cap_nb.jobs.records import PACKED, load_run, pack_run, put_in_order, save_evaluation, unpack_run
 from faults.machinery import SOAK, cap, contents, differing, in_child, refused, run_in, said_by, signalled_before, watched
 
 STOPS = ("run.json", "environment.json")  # What cannot be made anew: damaged, it stops the run
@@ -178,3 +179,13 @@ def test_a_foreign_file_is_left_alone(whole, tmp_path, caplog):
     put_in_order(tmp_path / "run")
     assert not caplog.records and (tmp_path / "run" / "model/model.safetensors").read_text() == "mine"
     assert differing(tmp_path / "run", whole) == ["evaluations.txt", "model/config.json", "model/model.safetensors", "notes.json"]
+
+
+def test_answers_of_one_task_that_are_damaged_are_set_aside(tmp_path):
+    """The dense model's answers to calibration problems lie task by task until all are there."""
+    parts = tmp_path / "unfinished" / "chains"
+    for task in ("lab-arc", "lab-gsm8k"):
+        save_evaluation(Evaluation(method="dense", sparsity=0.0, reached=0.0), parts / task)
+    (parts / "lab-arc" / "answers.csv").write_text("half")
+    put_in_order(tmp_path)
+    assert sorted(path.name for path in parts.iterdir()) == ["lab-arc.damaged", "lab-gsm8k"]
