@@ -139,6 +139,7 @@ def check_unread(job: Job, folder: Path | None = None) -> None: # The folder of 
         raise BadInput(f"--max-new-tokens {tokens} was given with --accuracy-tasks none: expected tasks to answer; "
                        "name some, or leave --max-new-tokens out.")
     if any(check_method(method).attribution in UNIT_AWARE for method in asked.methods): return
+    if asked == PruneSettings(methods=asked.methods, sparsities=asked.sparsities): return # nothing more was given
     if folder is not None and is_run(folder): return
     check_scores_wanted(job)
     if asked.aggregation != PruneSettings.aggregation and asked.budget is None: # a budget is checked itself
