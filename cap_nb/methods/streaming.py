@@ -425,7 +425,8 @@ def checkpoint_fingerprint(
             raise BadInput(f"{folder} holds no tensor {name} in float32, bfloat16 or float16: expected every "
                            "stored one; the checkpoint is not whole.")
         shape, kind = held[0].shape if len(held) == 1 else tuple(weight.shape), STORED_DTYPES[held[0].kind]
-        loaded = loaded_dtype(model, name, kind)
+        own = weight.dtype != model.dtype # as a router's buffer, which transformers 4 loads in the dtype it is made in
+        loaded = loaded_dtype(model, name, weight.dtype if own else kind)
         digest.update(f"{name} {loaded} {shape}".encode())
         for stored in held:
             for piece in pieces_of(stored):
