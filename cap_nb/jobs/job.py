@@ -474,8 +474,10 @@ def attribution_factors(ready: Ready, folder: Path, attribution: str, losses: He
         with time_and_memory_noted(folder, f"attribution/{attribution}", ready.model.device):
             factors = unit_factors(ready.model, attribution, given, losses, aggregation)
         units = {name: t for name in ("experts", "neurons") if (t := getattr(factors, name, None)) is not None}
+        # no zero follows from what is kept beside the factors: float32 takes half the room
+        behind = {name: t.float() if t.is_floating_point() else t for name, t in getattr(factors, "kept", {}).items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, {"factors": factors.heads} | units | getattr(factors, "kept", {}), origin)
+        write_tensors(path, {"factors": factors.heads} | units | behind, origin)
     tensors, kept = read_tensors(path)
     if kept != origin:
         raise BadInput(f"{path} was measured on another model or other examples: expected this run's; remove it and "

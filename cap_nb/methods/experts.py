@@ -153,7 +153,7 @@ class UnitFactors(Factors):
     "The importance factors of a model's heads, and of its experts or neurons."
     experts: torch.Tensor | None = None # Of every routed expert, [L, E]; None: their layer's mean
     neurons: torch.Tensor | None = None # Of every MLP neuron, [L, M], in a mixture [L, E, M]; None: as without neurons
-    kept: dict[str, torch.Tensor] = field(default_factory=dict) # Tables of losses behind the factors, for the records
+    kept: dict[str, torch.Tensor] = field(default_factory=dict) # Tables behind the factors, for the records
 
     def check(self, model: nn.Module) -> None:
         "Raise `BadInput` unless the factors are this model's."
