@@ -144,17 +144,6 @@ LIST_READERS = {tuple[int, ...]: read_numbers, tuple[str, ...]: read_names, tupl
                 tuple[float, ...]: read_sparsities}
 LIST_HELP = {"methods": "with commas, or all; the dense model is always measured",
              "accuracy_tasks": "with commas, none for none"} # Others: with commas
-MORE_HELP = { # Settings, or a command's function -> field or parameter -> what has no room behind it
-    "ModelSettings": {"dtype": "fastest is bfloat16 if that is at least 1.25 times as fast here, else float32"},
-    "CalibrateSettings": {"chain_rule": "after it may come, in this order, tokens=200-2000 (a chain's length), "
-                          "solved=0.25-0.75 (share of its problem's tries that are right) and each=2 (chains a problem "
-                          "at most, else 1)"},
-    "SinglePruning": {"method": "cap with --scores, wanda with --norms, alps with --hessians; else alps with "
-                      "--text-share 0.1 from --sparsity 0.5 on, wanda below",
-                      "norms": "it is written in Python, by save_norms; no command makes it"},
-    "plan_command": {"accelerator": "times are a range; what can be replaced: memory in GB, peak and single (float32, "
-                     "for solvers) in TFLOP/s, bandwidth, link and disk in GB/s"}}
-
 Option = namedtuple("Option", "field parameter read") # Field or parameter, how typer reads it, what makes its value
 
 # %% ../nbs/command_line.ipynb #537779ac
@@ -175,12 +164,8 @@ def make_option(field: str, kind: type, default: object, about: str, is_argument
                                   annotation=Annotated[kind, declared])
     return Option(field, parameter, read)
 
-def help_of(described: type | Callable) -> dict[str, str]: # Field or parameter -> its help
-    more = MORE_HELP.get(described.__name__, {})
-    return {name: f"{about}; {more[name]}" if name in more else about for name, about in comments(described).items()}
-
 def options_of(settings: type) -> list[Option]: # One option a field
-    about = help_of(settings)
+    about = comments(settings)
     return [make_option(each.name, each.type, each.default, about[each.name]) for each in fields(settings)]
 
 JOB_OPTIONS = {part.name: options_of(part.default_factory) for part in fields(Job)} # Part of a job -> its options
@@ -299,7 +284,7 @@ TOO_FEW = ("Too few examples and problems for a verdict on any method: --quick s
 # %% ../nbs/command_line.ipynb #6af76c29
 def options_of_command(function: Callable) -> list[Option]: # Its own options and arguments
     "What a command asks for besides a job and other settings."
-    about, own = help_of(function), inspect.signature(function).parameters.values()
+    about, own = comments(function), inspect.signature(function).parameters.values()
     return [make_option(p.name, p.annotation, p.default, about[p.name], p.kind is not p.KEYWORD_ONLY)
             for p in own if p.name not in ("job", "settings", "context")]
 
@@ -469,7 +454,9 @@ def plan_command(
     devices: int = 1, # devices that share the scoring
     tries: int | None = None, # answers to each problem that 'cap chains' is to write; no chains if left out
     probe: bool = True, # time this device on one layer, for the expected times
-    accelerator: str | None = None, # plan for a100, h100 or h200 in place of this device, or as h100,link=50
+    accelerator: str | None = None, # plan for a100, h100 or h200 in place of this device, or as h100,link=50;
+        # times are a range; what can be replaced: memory in GB, peak and single (float32, for solvers) in TFLOP/s,
+        # bandwidth, link and disk in GB/s
 ) -> str:
     "Say what a job will take, from the model's configuration; no weights are loaded."
     from cap_nb.jobs.planning import plan, plan_text

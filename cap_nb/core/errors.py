@@ -235,8 +235,9 @@ def check_arguments(bound: inspect.BoundArguments, name: str) -> None:
         check_together(value, what)
 
 def comments(described: type | Callable) -> dict[str, str]: # Name of a field or parameter -> its comment
-    "What the source says of fields or parameters."
-    return dict(re.findall(r"^    (\w+): [^#\n]*# (.+)$", inspect.getsource(described), re.MULTILINE))
+    "What the source says of fields or parameters, on the line itself and on lines of comment below it."
+    found = re.findall(r"^    (\w+): [^#\n]*# (.+(?:\n        # .+)*)$", inspect.getsource(described), re.MULTILINE)
+    return {name: re.sub(r"\n +# ", " ", about) for name, about in found}
 
 def with_parameters(function: Callable) -> str | None:
     "A function's docstring with a line for each parameter that has a comment, and one for what it returns."

@@ -22,7 +22,8 @@ from ..core.errors import (
 class ModelSettings:
     "Which model, and how it is run."
     name: str = "lab" # lab, lab-moe, smollm2, a folder, a GGUF file, or a hub id (owner/name@commit)
-    dtype: str | None = None # float32, bfloat16, float16, or fastest; if left out as stored, labs and GGUF float32
+    dtype: str | None = None # float32, bfloat16, float16, or fastest; if left out as stored, labs and GGUF float32;
+        # fastest is bfloat16 if that is at least 1.25 times as fast here, else float32
     device: str | None = None # cpu, cuda, cuda:N, or auto to spread a large model; cuda if there is one
     batch_tokens: int = 4096 # tokens a batch, with padding; fewer take less memory
 
@@ -39,7 +40,9 @@ class CalibrateSettings:
     seed: int = 0 # seed of every random draw
     calibration_seed: int | None = None # seed of the calibration draw alone; as --seed if left out
     calibrate_on: str = "gold" # gold for worked solutions, text for plain text, or a file of chains from cap chains
-    chain_rule: str = "right" # which chains of the file are used: right or all, as right,tokens=200-2000,each=2
+    chain_rule: str = "right" # which chains of the file are used: right or all, as right,tokens=200-2000,each=2;
+        # after it may come, in this order, tokens=200-2000 (a chain's length), solved=0.25-0.75 (share of its problem's
+        # tries that are right) and each=2 (chains a problem at most, else 1)
     text_share: float = 0.0 # share of the examples, or of --calibration-tokens, that is plain text, in [0, 1)
     spare: tuple[str, ...] = () # tasks whose problems are not calibrated on, as gsm8k_fresh for a later run
     calibration_text: str | None = None # text to calibrate on: wikitext2, lab-text or a plugin's; as --text if left out
@@ -225,13 +228,16 @@ def recommended_method(sparsity: float) -> tuple[str, float]: # Name of the meth
 @dataclass(frozen=True)
 class SinglePruning:
     "How `cap prune` prunes a model."
-    method: str | None = None # one of 'cap methods'; if left out the recipe's, or what fits the given file or sparsity
+    method: str | None = None # one of 'cap methods'; if left out the recipe's, or what fits the given file or sparsity;
+        # cap with --scores, wanda with --norms, alps with --hessians; else alps with --text-share 0.1 from --sparsity
+        # 0.5 on, wanda below
     sparsity: float = 0.5 # share of the weights in scope to zero, in [0, 1)
     scores: Path | None = None # table of losses, made by cap score
     key_value: str = "mean" # importance of a key-value head from its query heads': mean or max
     ties: str = "exact" # scores equal to the threshold: exact prunes as many as asked, all every one
     stream: bool = False # prune a folder's checkpoint with one layer in memory, or none where nothing is measured
-    norms: Path | None = None # with --stream: file of the dense model's input norms, so that no layer is run
+    norms: Path | None = None # with --stream: file of the dense model's input norms, so that no layer is run;
+        # it is written in Python, by save_norms; no command makes it
     hessians: Path | None = None # with --stream: Hessians of the dense model (cap hessians), so that no layer is run
 
 # %% ../../nbs/jobs/01_settings.ipynb #ee84d30a
