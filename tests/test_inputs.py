@@ -4,6 +4,7 @@ Then the folder holds the numbers of the new input, or the run is refused in a s
 model's configuration, of its generation settings and of its tokenizer as they are found, so that a new field is tried without a new line here.
 """
 
+import copy
 import importlib
 import json
 import os
@@ -509,7 +510,15 @@ def test_stored_means_stored(place):
     assert load_model(place / "model", device="cpu")[0].dtype == torch.float32
 
 
+def adapted(module):
+    """As adapters do: the weight is that of another module."""
+    module.base_layer = copy.deepcopy(module)
+    del module.weight
+    module.__class__ = type("Adapted", (torch.nn.Linear,), {"weight": property(lambda self: self.base_layer.weight)})
+
+
 REPARAMETRISED = {
+    "adapters": adapted,
     "pruned by torch": lambda module: torch.nn.utils.prune.l1_unstructured(module, "weight", 0.5),
     "weight_norm": torch.nn.utils.parametrizations.weight_norm,
 }
@@ -519,7 +528,7 @@ REPARAMETRISED = {
 def test_weights_that_are_computed_anew_are_refused(how):
     model = tiny_llama()
     REPARAMETRISED[how](model.model.layers[1].mlp.up_proj)
-    refuses("up_proj is computed from other tensors", prune, model, "magnitude", 0.5)
+    refuses("up_proj is no parameter of its own: expected a plain one; merge adapters", prune, model, "magnitude", 0.5)
 
 
 def test_training_mode_is_refused_where_it_draws():

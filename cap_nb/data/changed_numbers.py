@@ -431,7 +431,8 @@ def copy_of(record: Mapping[str, str], seed: int = 0) -> dict[str, str]:
     "A copy of a problem with changed numbers; `Refused` says why there is none."
     problem = read_worked(record)
     sides = choices(problem)
-    rng, true = random.Random(f"{seed}/{problem.question}"), equations(problem.solution)
+    rng = random.Random(f"{seed}/{problem.question}".encode(errors="surrogatepass")) # half of a pair, too, is a text
+    true = equations(problem.solution)
     for _ in range(DRAWS):
         new = {value: rng.choice(rng.choice(both)) for value, both in sides.items()} # half of them below the old ones
         if (values := recomputed(problem, new)) is None: continue
@@ -452,7 +453,8 @@ def changed_pairs(records: Sequence[Mapping[str, str]],
     "All records that have a copy, with it; a record without question or answer raises `BadInput`."
     pairs, reasons = [], Counter()
     for number, record in enumerate(records, 1):
-        if not all(isinstance(record.get(field), str) for field in ("question", "answer")):
+        told = record if isinstance(record, Mapping) else {}
+        if not all(isinstance(told.get(field), str) for field in ("question", "answer")):
             raise BadInput(f"Record {number} has no question or no answer: expected GSM8K's format; "
                            "repair or remove it.")
         try: pairs.append((record, copy_of(record, seed)))

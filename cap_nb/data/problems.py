@@ -21,7 +21,7 @@ class Problem:
     task: str # Name of the task, as in "gsm8k" or "lab-arc"
     question: str # The question alone, without instructions or choices
     solution: str # Worked reasoning, without the line that gives the answer; may be empty
-    answer: str # "72", "yes" or "no", or the letter of a choice
+    answer: str # "72", "yes" or "no", the letter of a choice, or LaTeX
     choices: tuple[tuple[str, str], ...] = () # (letter, text) of each choice; empty unless multiple choice
 
     @cached_property
@@ -198,7 +198,7 @@ class Task:
     generated: Callable[[str], list[dict]] | None = None # Split -> records, if the package makes them
     changed: Callable[[list[dict]], list[dict]] | None = None # Records -> copies, which are for evaluation only
     prompt: str = "" # Of a task that no prompt style knows: its template, with {question}
-    line: str = "" # Of a task that no prompt style knows: its answer line, with {answer}
+    line: str = "" # Of a task that no prompt style knows: its answer line, with {answer} in it once
 
 SPLITS = ("calibration", "evaluation")
 HUB_SPLITS = {"calibration": "train", "evaluation": "test"}
@@ -386,7 +386,7 @@ def load_problems(
 @dataclass(frozen=True)
 class Text:
     "A text for perplexity."
-    name: str # "wikitext2-raw", "wikitext2-tokenised" or "lab-text"
+    name: str # "wikitext2-raw", "wikitext2-tokenised", "lab-text", or the name of an added one
     text: str # The whole text, joined
 
     @property
@@ -406,14 +406,14 @@ def is_here(name: str) -> bool:
     return name.startswith("lab-") or own or TEXTS.get(name) is not None
 
 def halves(text: str) -> tuple[str, str]:
-    "Cut a text at the line break that follows its middle, or in the middle if none does."
-    middle = text.find("\n", len(text) // 2) + 1 or len(text) // 2
+    "Cut a text at the line break that follows its middle, or in the middle if no text follows one."
+    middle = text.find("\n", len(text) // 2, len(text.rstrip())) + 1 or len(text) // 2
     return text[:middle], text[middle:]
 
 # %% ../../nbs/data/02_problems.ipynb #c063
 @validate_arguments
 def load_text(
-    name: str, # "wikitext2" or "lab-text"
+    name: str, # "wikitext2", "lab-text", or one that was added
     data_dir: str | Path | None = None, # Folder that holds wikitext2/test.txt and valid.txt; None means the hub
     split: str = "evaluation", # "evaluation"; "calibration", a text apart; "validation", that one's second half
 ) -> Text: # The text

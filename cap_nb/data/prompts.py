@@ -14,7 +14,7 @@ class PromptStyle:
     "The question's wording and the answer line's form, for each of the three benchmarks."
     name: str # Name of the style
     prompts: Mapping[str, str] # Benchmark -> template with {question} and, for arc, {choices}
-    answer_lines: Mapping[str, str] # Benchmark -> last line of the answer, with {answer}
+    answer_lines: Mapping[str, str] # Benchmark -> last line of the answer, with {answer} in it once
 
 # %% ../../nbs/data/03_prompts.ipynb #c006
 ANSWER_LINES = {"gsm8k": "#### {answer}", "strategyqa": "Answer: {answer}", "arc": "Answer: {answer}"}
@@ -261,9 +261,18 @@ def normal_answer(answer: str, family: str) -> str:
 
 BOX = r"\boxed{" # It may stand within a line, and go over several
 
+def around_answer(line: str, whose: str) -> tuple[str, str]:
+    "What stands before and behind the answer on its line; a line that cannot be found again raises `BadInput`."
+    asked = filled_in(line, whose, answer="\0").strip() # as the lines of an answer are compared
+    if "\n" in asked or asked.count("\0") > 1:
+        raise BadInput(f"The answer line {line!r} of {whose} cannot be found again in what a model writes: expected "
+                       "one line with {answer} in it once; correct it.")
+    before, _, after = asked.partition("\0")
+    return before, after
+
 def strict_pattern(style: str | PromptStyle, family: str) -> re.Pattern:
-    "The pattern of a style's answer line (paper Appendix B); a style without room for the answer raises `BadInput`."
-    before, _, after = answer_line(style, family, "\0").partition("\0")
+    "The pattern of a style's answer line (paper Appendix B); one that cannot be found again raises `BadInput`."
+    before, after = around_answer(answer_line_of(style, family), f"style {prompt_style(style).name!r} for {family}")
     line = f"{re.escape(before)}({ANSWERS[family]}){re.escape(after)}"
     return re.compile(rf".*{line}.*", re.DOTALL) if before == BOX else re.compile(line)
 

@@ -26,7 +26,7 @@ from ..calibration import deal_subsets
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import read_checked, sha256_of_file, write_json, write_text
 from ..core.plots import blank_figure, in_style, save_figure
-from ..data.problems import task_family, TASKS
+from ..data.problems import TASK_TITLES, task_family, TASKS
 from ..evaluation import AnswerRecord, Evaluation, bootstrap_interval, right_shares
 from .seeds import split_variance
 from .variants import FEWEST_CHAINS, VARIANTS, losses_of_task, only_examples, variant_scores
@@ -234,6 +234,7 @@ Measure = Callable[[Claim, ModelRecords, float], Comparison | None] # Case, reco
 
 def paired_gains(first: Evaluation, second: Evaluation, on: str) -> tuple[np.ndarray, str] | None:
     "Gains of the first over the second, problem by problem: points of accuracy, else nats of loss saved."
+    check_choice(on, (*TASK_TITLES, TASKS_TOGETHER, ON_TEXT), "benchmark of a gain")
     def belongs(measure):
         column = paper_measure(measure)
         return column == on or (on == TASKS_TOGETHER and column not in (None, ON_TEXT))

@@ -231,7 +231,9 @@ def plot_seed_spread(
     runs: Mapping[int, Sequence[Evaluation]], # What it was made from
     title: str = "", # Title of the figure
 ) -> Figure: # A panel a measure
-    "Every calibration seed's number beside the mean over seeds and its interval."
+    "Every calibration seed's number beside the mean over seeds and its interval; an empty table raises `BadInput`."
+    if table.empty:
+        raise BadInput("The table of seeds is empty: expected one row at least; give what seed_table returns.")
     layouts = {cell: seed_layouts(evaluations) for cell, evaluations in cells_over_seeds(runs).items()}
     measures = list(dict.fromkeys(table.index.get_level_values("Measure")))
     looks = method_looks([method for method, _ in layouts])

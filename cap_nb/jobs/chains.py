@@ -350,7 +350,7 @@ def window_example(tokenizer: object, ids: tuple[int, ...]) -> Example: # All of
 @validate_arguments
 def text_calibration(
     tokenizer: object, # Tokenizer of transformers
-    text: str = "wikitext2", # Name of the text: "wikitext2" or "lab-text"
+    text: str = "wikitext2", # Name of the text: "wikitext2", "lab-text", or one that was added
     n: int = 128, # Windows
     tokens: int = 256, # Tokens in each
     k: int = 3, # Number of subsets, K

@@ -22,7 +22,7 @@ from ..core.registry import (
     add, add_format, ADDED, additions_undone, ALLOCATIONS, ATTRIBUTIONS, check_new_name, check_takes, error_in_words,
     in_a_sentence, LOADING, PLUGINS, take_back, TASKS, WORD)
 from ..data.problems import load_problems, Problem, SPLITS, Task, TEXTS
-from ..data.prompts import ANSWERS, LOOSE, NORMAL, filled_in
+from ..data.prompts import ANSWERS, around_answer, filled_in, LOOSE, NORMAL
 from .planning import ASSUMED_TOKENS
 from ..methods.attributions import Attribution
 from ..methods.budgets import Allocation, finite_by_layer, layer_weights, shares_of_layers
@@ -121,7 +121,7 @@ def problem_reader(read: Callable[[dict], Mapping], answer: str) -> Callable[[Ma
 def check_wording(prompt: str, line: str, answer: str, whose: str) -> None:
     "Raise `BadInput` for templates without their place, and for an expression that cannot be used."
     filled_in(prompt, whose, question="\0", choices="")
-    filled_in(line, whose, answer="\0")
+    around_answer(line, whose)
     try: wrong = "it has groups" if re.compile(answer).groups else ""
     except re.error as error: wrong = str(error)
     if wrong:

@@ -254,8 +254,8 @@ def check_computes_the_same(model: nn.Module) -> None:
             raise BadInput(f"{name or 'The model'} is compiled, and compiled code runs past the hooks that mask heads: "
                            "expected an eager model; compile it after pruning.")
         if isinstance(getattr(module, "weight", None), torch.Tensor) and "weight" not in module._parameters:
-            raise BadInput(f"The weight of {name} is computed from other tensors before each pass: expected a plain "
-                           "parameter; remove the parametrisation first, as prune.remove or remove_weight_norm do.")
+            raise BadInput(f"The weight of {name} is no parameter of its own: expected a plain one; merge adapters "
+                           "into the model, or remove the parametrisation, as prune.remove or remove_weight_norm do.")
 
 # %% ../../nbs/models/01_anatomy.ipynb #c046
 @validate_arguments

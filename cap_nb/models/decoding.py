@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache as remembered, cached_property
+from pathlib import Path
 from tempfile import TemporaryDirectory
 import torch
 from tqdm.auto import tqdm
@@ -23,6 +24,7 @@ from transformers.cache_utils import DynamicLayer
 from cap_nb.core.devices import memory_of
 from cap_nb.core.errors import BadInput, check_at_least, check_choice, imported, validate_arguments
 from cap_nb.models.anatomy import check_tokens, context_of
+from cap_nb.models.loading import save_model
 from cap_nb.models.replay import cache_argument
 
 def answer_is_whole(text: str, line: re.Pattern) -> bool:
@@ -87,7 +89,7 @@ class Ending:
 
 # %% ../../nbs/models/10_decoding.ipynb #7e805e64
 class SlotLayer(DynamicLayer):
-    "Keys and values of one layer, in memory that is taken once."
+    "Keys and values of one layer, in memory that is taken for many columns at a time."
     def __init__(self, slots: "Slots", like: DynamicLayer):
         super().__init__()
         self.slots, self.is_initialized, self.device, self.dtype = slots, True, like.keys.device, like.keys.dtype
@@ -106,7 +108,7 @@ class SlotLayer(DynamicLayer):
 SPARE = 64 # Columns by which slots grow at least, and which the longest have to spare; for half of it rows are moved
 
 class Slots:
-    "A cache in memory of fixed size whose rows come and go, all of which write into the same column."
+    "A cache in slots, whose rows come and go, all of which write into the same column."
     def __init__(self, model: torch.nn.Module, longest: int, max_new_tokens: int, budget: int, most: int):
         self.model, self.longest, self.budget = model, longest, budget
         room, self.most_columns = longest + math.ceil(max_new_tokens / 4), longest + max_new_tokens + SPARE
@@ -284,11 +286,12 @@ class HeldModel:
         "vLLM with the model's weights, loaded when it is first needed; it takes half of the memory that is free."
         check_for_vllm(self.model)
         vllm, dtype = imported_vllm(), str(next(self.model.parameters()).dtype).removeprefix("torch.")
-        self.model.save_pretrained(self.folder)
+        saved = Path(self.folder)/"model"
+        if not saved.exists(): save_model(self.model, None, saved) # once: it may be pruned by the time vLLM loads again
         free, whole = memory_of(self.model.device)
         share = free / whole / 2 # vLLM's builds for processors, too, read it under this name
         longest = min(self.room, context_of(self.model.config) or self.room)
-        try: return vllm.LLM(model=self.folder, dtype=dtype, skip_tokenizer_init=True, max_model_len=longest,
+        try: return vllm.LLM(model=str(saved), dtype=dtype, skip_tokenizer_init=True, max_model_len=longest,
                              gpu_memory_utilization=share)
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:120]
@@ -297,7 +300,7 @@ class HeldModel:
 
 @contextmanager
 def held_by_vllm(model: torch.nn.Module) -> Iterator[HeldModel]:
-    "While the block runs, vLLM answers with the model that it loads once; afterwards it lets go of it."
+    "While the block runs, vLLM answers with the model as it was when vLLM first loaded it; then it lets go of it."
     with TemporaryDirectory() as folder:
         held = HeldModel(model, folder)
         try: yield held

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from unittest.mock import patch
 import torch
 import transformers
 from accelerate.utils import align_module_device
@@ -155,7 +156,8 @@ def save_model(
 ) -> None:
     "Save model and tokenizer in safetensors shards of at most 4 GB (paper 3.4); an existing folder raises `BadInput`."
     with whole_folder(folder) as part:
-        model.save_pretrained(part, max_shard_size="4GB")
+        with patch.object(GenerationConfig, "validate", lambda *_, **__: None): # settings are kept, not judged
+            model.save_pretrained(part, max_shard_size="4GB")
         if tokenizer is not None: tokenizer.save_pretrained(part)
 
 # %% ../../nbs/models/08_loading.ipynb #7e0366b6
