@@ -41,25 +41,11 @@ import torch
 from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from cap_nb.core.errors import BadInput, check_seed, validate_arguments
-from cap_nb.core.plots import blank_figure, in_style
-from cap_nb.data.problems import TASK_TITLES, TASKS, task_title
+from cap_nb.core.plots import METHOD_TITLES, blank_figure, in_style, method_rank, method_title
+from cap_nb.data.problems import TASK_TITLES, TASKS, TEXT_TITLES, task_title
 from cap_nb.evaluation import (
     bootstrap_interval, right_shares, summarise_answers, summarise_choices, summarise_losses, wilson_interval)
 from cap_nb.importance import check_scores
-
-METHOD_TITLES = {"dense": "Dense", "wanda": "Wanda", "magnitude": "Magnitude", "cap": "CAP"} # In the order of the rows
-OTHER_TITLES = {"sparsegpt": "SparseGPT", "ria": "RIA", "alps": "ALPS"} # As the papers on them write it
-TEXT_TITLES = {
-    "wikitext2-raw": "WikiText-2 (raw)", "wikitext2-tokenised": "WikiText-2 (tokenised)", "lab-text": "Lab text"}
-
-def method_title(method: str) -> str:
-    "A method's name in tables and figures; one that no paper has named stays as it is typed."
-    return (METHOD_TITLES | OTHER_TITLES).get(method, method)
-
-def method_rank(method: str) -> tuple[int, str]:
-    "What methods are sorted by: dense, the baselines, CAP, then others by name."
-    papers = list(METHOD_TITLES)
-    return papers.index(method) if method in papers else len(papers), method
 
 def row_order(evaluation: Evaluation) -> tuple[bool, float, int, str]:
     "What rows of Table 1 are sorted by: dense first, then sparsity, then method."
@@ -216,12 +202,19 @@ class Comparison:
         return self.within(0, math.inf) or self.within(-math.inf, 0)
 
 # %% ../nbs/06_analysis.ipynb #6e86ce21
-ALL_ALIKE = ({0.0}, {100.0}, {-100.0}) # Differences, in points, to which resampling would give no width
+def all_equal(differences: Iterable[float]) -> bool:
+    "Whether differences are all the same, but for rounding: resampling would give them an interval without width."
+    return len({round(float(difference), 6) for difference in differences}) == 1
 
 def interval_of_gain(gained: int, lost: int, n: int, confidence: float = 0.95) -> tuple[float, float]: # Points
     "Interval of a difference of accuracies, from Wilson's for the shares won and lost: never without width."
     (won, won_most), (loss, loss_most) = (wilson_interval(count, n, (1 + confidence) / 2) for count in (gained, lost))
     return 100 * (won - loss_most), 100 * (won_most - loss)
+
+def interval_of_alike(value: float, n: int, confidence: float = 0.95) -> tuple[float, float]: # Points
+    "The same where each of n problems has one difference: as if that share of them were won, or lost, as a whole."
+    won, lost = (round(n * max(0.0, sign * value) / 100) for sign in (1, -1))
+    return interval_of_gain(won, lost, n, confidence)
 
 # %% ../nbs/06_analysis.ipynb #c035
 def compare(first: Sequence[Measured], second: Sequence[Measured], seed: int = 0, flips: int = 9_999) -> Comparison:
@@ -231,10 +224,10 @@ def compare(first: Sequence[Measured], second: Sequence[Measured], seed: int = 0
     drawn = any(getattr(record, "sample", 0) for record in (*first, *second)) # then a problem's value is no yes or no
     if isinstance(first[0], AnswerRecord) and not drawn: alone, p = gained + lost, mcnemar_exact(gained, lost)
     else: p = sign_flip_test(values, seed, flips)
-    alike = isinstance(first[0], AnswerRecord) and {*values} in ALL_ALIKE
-    low, high = interval_of_gain(gained, lost, len(values)) if alike else bootstrap_interval(values, seed)
-    return Comparison(value=sum(values) / len(values), low=low, high=high, unit=unit, n=len(values), p=p, holm=p,
-                      alone=alone)
+    mean, n = sum(values) / len(values), len(values)
+    alike = isinstance(first[0], AnswerRecord) and all_equal(values)
+    low, high = interval_of_alike(mean, n) if alike else bootstrap_interval(values, seed)
+    return Comparison(value=mean, low=low, high=high, unit=unit, n=n, p=p, holm=p, alone=alone)
 
 def correct_family(comparisons: Mapping[Key, Comparison], family: str = "this table") -> dict[Key, Comparison]:
     "Holm's correction over a named family of comparisons; those without a test stay as they are."

@@ -18,7 +18,7 @@ def length_quartiles(lengths: Sequence[int]) -> list[int]:
 import random
 from collections import Counter
 from cap_nb.core.errors import BadInput, validate_arguments
-from cap_nb.data.prompts import Example, Tokens
+from cap_nb.data.prompts import Example
 
 def draw_stratified(pool: Sequence[Example], n: int, seed: int) -> list[tuple[Example, int]]:
     "Draw n examples, each with its quartile, evenly over a pool's length quartiles (paper section 3.1)."
@@ -34,7 +34,10 @@ def draw_stratified(pool: Sequence[Example], n: int, seed: int) -> list[tuple[Ex
         drawn += [(example, q) for example in rng.sample(members, wanted[q])]
     return drawn
 
-def drawn(pool: Sequence[Example], amount: int | Tokens, seed: int) -> list[tuple[Example, int]]:
+# %% ../nbs/00_calibration.ipynb #609ff400
+from cap_nb.data.prompts import Tokens
+
+def draw(pool: Sequence[Example], amount: int | Tokens, seed: int) -> list[tuple[Example, int]]:
     "Draw so many examples, or as many as hold so many tokens (not in the paper), each with its quartile."
     if not isinstance(amount, Tokens): return draw_stratified(pool, amount, seed)
     quartiles = length_quartiles([len(example.input_ids) for example in pool])
@@ -147,7 +150,7 @@ def calibration_set(
     examples, stratum = [], []
     for rank, task in enumerate(tasks):
         pool = calibration_pool(tokenizer, task, data_dir, style, exclude)
-        for example, quartile in drawn(pool, n, seed):
+        for example, quartile in draw(pool, n, seed):
             examples.append(example)
             stratum.append(4 * rank + quartile)
     deal_subsets(stratum, k, seed) # a k that does not fit is refused here, not later

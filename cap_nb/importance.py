@@ -35,11 +35,10 @@ def importance_factors(
     if span == 0: return torch.full_like(scores, low)
     return low + (high - low) * (scores - scores.min()) / span
 
-# %% ../nbs/02_importance.ipynb #6e7643aa
-from matplotlib.figure import Figure
-from cap_nb.core.plots import blank_figure, in_style
-
 # %% ../nbs/02_importance.ipynb #c023
+from matplotlib.figure import Figure
+from .core.plots import blank_figure, in_style
+
 @validate_arguments
 @in_style
 def plot_factors(

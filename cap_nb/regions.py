@@ -47,7 +47,7 @@ class Factors:
 
     def spans(self, p: Projection, groups: int) -> list[tuple[int, int, float]]:
         "(start, stop, factor) of each region along a projection's axis that `in_columns` names."
-        if not p.parts: return [(0, len(p.weight), self.heads[p.layer].double().mean().item())]
+        if not p.parts: return [(0, p.weight.shape[self.in_columns(p)], self.heads[p.layer].double().mean().item())]
         query = self.heads[p.layer].tolist()
         if self.layout == "literal":
             size = p.weight.shape[self.in_columns(p)] // len(query)
@@ -56,30 +56,6 @@ class Factors:
         return [(part.start, part.stop, (query if part.kind == "query" else shared)[part.index]) for part in p.parts]
 
 # %% ../nbs/03_regions.ipynb #f7144b2e
-WRONG_FACTOR = "is not a positive finite number: expected factors from importance_factors; compute them again."
-
-def all_positive(factors: torch.Tensor) -> bool:
-    "Whether all factors are positive and finite."
-    return bool(factors.isfinite().all() and (factors > 0).all())
-
-def check_head_factors(heads: torch.Tensor, a: Anatomy) -> None:
-    "Raise `BadInput` unless there is one positive finite factor per head, [L, H]."
-    if tuple(heads.shape) != (a.layers, a.heads):
-        raise BadInput(f"The factors have shape {list(heads.shape)}: expected [{a.layers}, {a.heads}], "
-                       f"one a head; they belong to another model.")
-    if not all_positive(heads): raise BadInput(f"Some importance factor {WRONG_FACTOR}")
-
-def check_literal(model: nn.Module) -> None:
-    "Raise `BadInput` unless slices of one head's size, taken from the other axis, cover each projection once."
-    a = anatomy(model)
-    for p in projections(model):
-        width = p.weight.shape[0 if p.role == "output" else 1]
-        if p.parts and (p.role not in ("query", "key", "value", "output") or width != a.heads * a.head_size):
-            axis = "rows" if p.role == "output" else "columns"
-            raise BadInput(f"{p.name} is a {p.role} projection with {width} {axis}, and the literal slices are "
-                           f"{a.heads} of {a.head_size}: expected separate query, key, value and output projections "
-                           f"with {a.heads * a.head_size}; leave the literal reading out.")
-
 def as_factors(factors: Factors | torch.Tensor | None) -> Factors | None:
     "Wrap a plain tensor of head factors, [L, H], in `Factors`."
     return Factors(heads=factors) if isinstance(factors, torch.Tensor) else factors
@@ -106,6 +82,31 @@ def broadcast_factor(spans: list[tuple[int, int, float]], in_columns: bool) -> t
     widths = torch.tensor([stop - start for start, stop, _ in spans])
     along = torch.tensor([factor for *_, factor in spans]).repeat_interleave(widths)
     return along[None, :] if in_columns else along[:, None]
+
+# %% ../nbs/03_regions.ipynb #dbd0765b
+WRONG_FACTOR = "is not a positive finite number: expected factors from importance_factors; compute them again."
+
+def all_positive(factors: torch.Tensor) -> bool:
+    "Whether all factors are positive and finite."
+    return bool(factors.isfinite().all() and (factors > 0).all())
+
+def check_head_factors(heads: torch.Tensor, a: Anatomy) -> None:
+    "Raise `BadInput` unless there is one positive finite factor per head, [L, H]."
+    if tuple(heads.shape) != (a.layers, a.heads):
+        raise BadInput(f"The factors have shape {list(heads.shape)}: expected [{a.layers}, {a.heads}], "
+                       f"one a head; they belong to another model.")
+    if not all_positive(heads): raise BadInput(f"Some importance factor {WRONG_FACTOR}")
+
+def check_literal(model: nn.Module) -> None:
+    "Raise `BadInput` unless slices of one head's size, taken from the other axis, cover each projection once."
+    a = anatomy(model)
+    for p in projections(model):
+        width = p.weight.shape[0 if p.role == "output" else 1]
+        if p.parts and (p.role not in ("query", "key", "value", "output") or width != a.heads * a.head_size):
+            axis = "rows" if p.role == "output" else "columns"
+            raise BadInput(f"{p.name} is a {p.role} projection with {width} {axis}, and the literal slices are "
+                           f"{a.heads} of {a.head_size}: expected separate query, key, value and output projections "
+                           f"with {a.heads * a.head_size}; leave the literal reading out.")
 
 # %% ../nbs/03_regions.ipynb #a3e8d30c
 @validate_arguments

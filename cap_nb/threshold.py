@@ -5,19 +5,9 @@
 # %% auto #0
 __all__ = ['PruneReport', 'plot_zeros']
 
-# %% ../nbs/04_threshold.ipynb #17bedcf4
-import torch
-from torch import nn
-from cap_nb.models.anatomy import Projection, projections
-from cap_nb.regions import region_factors
-
-def weight_scores(model: nn.Module, factors: torch.Tensor | None = None) -> torch.Tensor:
-    "|W| I of all weights, float32 [weights], by layer, projection, index (paper equation 4); no factors: magnitude."
-    regions = {} if factors is None else region_factors(model, factors)
-    scores = [p.weight.detach().float().abs() * regions.get(p.name, 1) for p in projections(model)]
-    return torch.cat([score.flatten() for score in scores])
-
 # %% ../nbs/04_threshold.ipynb #858ddfc8
+import torch
+
 def bisect_threshold(scores: torch.Tensor, sparsity: float, tolerance: float = 1e-4) -> float:
     "Binary search for the threshold (paper section 3.3); where ties leave a jump, it ends on the jump and overshoots."
     low, high = 0.0, scores.max().item()
@@ -27,6 +17,17 @@ def bisect_threshold(scores: torch.Tensor, sparsity: float, tolerance: float = 1
         if abs(share - sparsity) <= tolerance: return middle
         low, high = (middle, high) if share < sparsity else (low, middle)
     return high
+
+# %% ../nbs/04_threshold.ipynb #77309f58
+from torch import nn
+from cap_nb.models.anatomy import Projection, projections
+from cap_nb.regions import region_factors
+
+def weight_scores(model: nn.Module, factors: torch.Tensor | None = None) -> torch.Tensor:
+    "|W| I of all weights, float32 [weights], by layer, projection, index (paper equation 4); no factors: magnitude."
+    regions = {} if factors is None else region_factors(model, factors)
+    scores = [p.weight.detach().float().abs() * regions.get(p.name, 1) for p in projections(model)]
+    return torch.cat([score.flatten() for score in scores])
 
 # %% ../nbs/04_threshold.ipynb #1dbc8a81
 import math

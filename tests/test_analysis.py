@@ -295,6 +295,17 @@ def test_seeds_that_are_all_alike_have_an_interval():
     assert means["Low"].round().tolist() == [91, 0, 91] and means["High"].round().tolist() == [100, 9, 100]
 
 
+def test_shares_that_are_all_alike_have_an_interval_too():
+    """One of four drawn answers to every problem is right, or none: resampled, 25 points would have an interval without width."""
+    def drawn(method, right): return Evaluation(method=method, sparsity=0.5, reached=0.5, answers=[replace(answer("arc", i, s < right), sample=s) for i in range(40) for s in range(4)])
+    runs = {seed: [drawn("magnitude", 0), drawn("cap", 1)] for seed in range(3)}
+    [over_seeds], [alone] = (compared.values() for compared in (compare_over_seeds(runs, [("cap", "magnitude")]), compare_methods(runs[0], [("cap", "magnitude")])))
+    for found in (over_seeds, alone):
+        assert found.value == 25 and 0 < found.low < 20 and 30 < found.high < 50 and found.decided
+    low, high = wilson_interval(10, 40)
+    assert seed_table(runs)[["Low", "High"]].values.tolist()[1] == pytest.approx([100 * low, 100 * high])
+
+
 def made_up_answers(first, last, n=40):
     return tuple(replace(answer("arc", i, first <= i < last), lenient_correct=first <= i < last + 2) for i in range(n))
 

@@ -20,10 +20,21 @@ from cap_nb.core.files import whole_file
 INK = "#333333" # Colour of lines and text
 METHOD_LOOKS = {"dense": ("#000000", "s"), "wanda": ("#0072B2", "o"), "magnitude": ("#E69F00", "^"),
                 "cap": ("#D55E00", "D")} # Colour, marker
+METHOD_TITLES = {"dense": "Dense", "wanda": "Wanda", "magnitude": "Magnitude", "cap": "CAP"} # In the order of the rows
+OTHER_TITLES = {"sparsegpt": "SparseGPT", "ria": "RIA", "alps": "ALPS"} # As the papers on them write it
 OTHER_LOOKS = ( # For methods that are not in the paper
     ("#009E73", "v"), ("#CC79A7", "P"), ("#56B4E9", "X"), ("#F0E442", "*"),
     ("#7F7F7F", "<"), ("#8C564B", ">"), ("#6A3D9A", "h"), ("#33A02C", "p"),
 )
+
+def method_title(method: str) -> str:
+    "A method's name in tables and figures; one that no paper has named stays as it is typed."
+    return (METHOD_TITLES | OTHER_TITLES).get(method, method)
+
+def method_rank(method: str) -> tuple[int, str]:
+    "What methods are sorted by: dense, the baselines, CAP, then others by name."
+    papers = list(METHOD_TITLES)
+    return papers.index(method) if method in papers else len(papers), method
 
 def method_looks(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     "Colours and markers: the paper's methods look the same in every figure, the others differ within each."
@@ -215,4 +226,69 @@ def plot_threshold(
                               textcoords="offset points", ha="right", weight="bold")
     panels[0, 0].set_title("of all weights:", loc="left", weight="bold", fontsize=9)
     panels[-1, 0].set_xlabel("|W| I")
+    return figure
+
+# %% ../../nbs/core/02_plots.ipynb #d1e288c9
+def draw_scale(ax: Axes, scores: torch.Tensor, factors: torch.Tensor) -> None:
+    "Equation 3 as a line, with a dot for every head and dashes from its score to its factor."
+    x, y = scores.flatten().tolist(), factors.flatten().tolist()
+    left = min(x) - 0.1 * (max(x) - min(x))
+    ax.vlines(x, 0, y, color="#999999", linestyle="--", linewidth=0.6)
+    ax.hlines(y, left, x, color="#999999", linestyle="--", linewidth=0.6)
+    ax.plot([min(x), max(x)], [min(y), max(y)], color="black", linewidth=1)
+    ax.plot(x, y, "o", color="#0072B2", markersize=5)
+    ax.axvline(0, color="black", linestyle=":", linewidth=1)
+    ax.axhspan(0, 1, facecolor="#DDDDDD", zorder=0)
+    box = {"facecolor": "#DDDDDD", "edgecolor": "none", "pad": 1}
+    ax.text(max(x), 0.45, "no factor below 1", ha="right", va="center", bbox=box)
+    ax.set(xlim=(left, None), ylim=(0, 10.5), yticks=range(1, 11), xlabel="causal score (nats)")
+
+@in_style
+def plot_scale(panels: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Figure:
+    "How causal scores become importance factors (paper equation 3): name -> the scores, and the factors of each."
+    figure, axes = blank_figure(1, len(panels), (3.75 * len(panels), 3))
+    for ax, (name, (scores, factors)) in zip(axes[0], panels.items()):
+        draw_scale(ax, scores, factors)
+        ax.set_title(name)
+    axes[0, 0].set_ylabel("importance factor")
+    return figure
+
+# %% ../../nbs/core/02_plots.ipynb #932dcef9
+from matplotlib.colors import ListedColormap
+
+TileRow = tuple[Sequence[float], Sequence[bool], tuple[float, float, float], str, str]
+# First minus second problem by problem, in points; whether the first solves it; value, low, high; numbers; verdict
+
+def draw_tiles(ax: Axes, values: Sequence[float], solved: Sequence[bool], methods: tuple[str, str],
+               across: int = 25) -> None:
+    "A tile a problem: grey, both solve it; plus, the first alone; minus, the second alone; white, neither."
+    tiles = np.sort([{100: 1, -100: 2}.get(value, 0 if right else 3) for value, right in zip(values, solved)])
+    tiles = tiles.reshape(-1, across) # 0 both, 1 the first alone, 2 the second alone, 3 neither
+    colours = ListedColormap(["0.82", *(METHOD_LOOKS[method][0] for method in methods), "white"])
+    ax.pcolormesh(tiles, cmap=colours, vmin=0, vmax=3, edgecolors="0.4", linewidth=0.4)
+    for row, column in zip(*np.nonzero((tiles == 1) | (tiles == 2))):
+        sign = "+" if tiles[row, column] == 1 else "−"
+        ax.text(column + 0.5, row + 0.48, sign, ha="center", va="center", color="white", weight="bold", fontsize=8)
+    ax.set(xticks=[], yticks=[], xlim=(-0.1, across + 0.1), ylim=(len(tiles) + 0.1, -0.1))
+    ax.spines[["left", "bottom"]].set_visible(False)
+
+def draw_verdict(ax: Axes, interval: tuple[float, float, float], numbers: str, verdict: str) -> None:
+    "A difference with its interval beside zero, its numbers above, and what follows from them below."
+    value, low, high = interval
+    ax.axvline(0, 0.32, 0.68, color="black", linewidth=0.8)
+    ax.errorbar(value, 0, xerr=[[value - low], [high - value]], fmt="o", color="black", capsize=4)
+    ax.text(-10, 0.62, numbers, va="center", fontsize=8)
+    ax.text(-10, -0.62, verdict, va="center", weight="bold")
+    ax.set(xlim=(-11, 40), ylim=(-1, 1), yticks=[])
+    ax.spines["left"].set_visible(False)
+
+@in_style
+def plot_tiles(rows: dict[str, TileRow], methods: tuple[str, str], label: str) -> Figure:
+    "What a claim rests on: by title, the problems of two methods as tiles, and beside them what follows."
+    figure, panels = blank_figure(len(rows), 2, (9, 5 * len(rows) / 3))
+    for (left, right), (title, (values, solved, *said)) in zip(panels, rows.items()):
+        draw_tiles(left, values, solved, methods)
+        left.set_title(title)
+        draw_verdict(right, *said)
+    panels[-1, 1].set_xlabel(label)
     return figure

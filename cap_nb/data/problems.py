@@ -237,6 +237,8 @@ BENCHMARKS = dict(TASKS) # As they come, before a user adds some
 TASK_TITLES = {"gsm8k": "GSM8K", "strategyqa": "StrategyQA", "arc": "ARC-C."} # Benchmark -> the paper's name for it
 OTHER_TITLES = {"gsm8k_changed": "GSM8K, changed", FRESH: "GSM8K, set aside", "svamp": "SVAMP",
                 "math500": "MATH-500"} # Not in the paper
+TEXT_TITLES = {
+    "wikitext2-raw": "WikiText-2 (raw)", "wikitext2-tokenised": "WikiText-2 (tokenised)", "lab-text": "Lab text"}
 
 def task_title(task: str) -> str:
     "A task's name in tables and figures; a lab task is marked as one, a user's has its own."

@@ -20,8 +20,8 @@ import torch
 from matplotlib.figure import Figure
 from scipy import stats
 from ..analysis import (
-    ALL_ALIKE, Comparison, LEVEL, comparable_parts, correct_family, interval_of_gain, mcnemar_exact, paired_values,
-    paper_measure, sign_flip_test)
+    Comparison, LEVEL, all_equal, comparable_parts, correct_family, interval_of_alike, interval_of_gain, mcnemar_exact,
+    paired_values, paper_measure, sign_flip_test)
 from ..calibration import deal_subsets
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import read_checked, sha256_of_file, write_json, write_text
@@ -254,14 +254,15 @@ def number(value: float, interval: tuple[float, float], unit: str, n: int, p: fl
 
 def gain_comparison(gains: np.ndarray, unit: str, confidence: float, test: bool = True) -> Comparison:
     "Mean gain: over seeds and problems, or with a bootstrap and an exact test, or cautiously for a margin."
-    alike = unit == "points" and {*gains.flat} in ALL_ALIKE
+    alike = unit == "points" and all_equal(gains.flat) and abs(gains.flat[0]) <= 100
     if gains.ndim > 1 and len(gains) > 1 and not alike: return split_variance(gains, confidence).comparison(unit)
     gains = np.atleast_2d(gains)[0] # seeds that are alike in all are one
     mean, n, won, lost = gains.mean(), len(gains), int((gains > 0).sum()), int((gains < 0).sum())
     # of several answers a share is right, and a difference of differences may be 200: neither is yes or no
     answers = unit == "points" and {*np.abs(gains)} <= {0.0, 100.0}
-    cautious = alike or answers and not test
-    interval = interval_of_gain(won, lost, n, confidence) if cautious else bootstrap_interval(gains, 0, confidence)
+    if alike: interval = interval_of_alike(mean, n, confidence)
+    elif answers and not test: interval = interval_of_gain(won, lost, n, confidence)
+    else: interval = bootstrap_interval(gains, 0, confidence)
     if not test: return number(mean, interval, unit, n, fewest=1 if answers else 20)
     found = number(mean, interval, unit, n, mcnemar_exact(won, lost) if answers else sign_flip_test(gains))
     return replace(found, alone=won + lost if answers else None)

@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ..analysis import (
-    ALL_ALIKE, by_cell, CAP_PAIRS, Comparison, correct_family, interval_of_gain, method_title, problem_values,
+    all_equal, by_cell, CAP_PAIRS, Comparison, correct_family, interval_of_alike, method_title, problem_values,
     records_by_measure, row_order, shared_cells, sign_flip_test)
 from ..core.errors import BadInput, check_at_least, validate_arguments
 from ..core.plots import blank_figure, in_style, method_looks
@@ -139,7 +139,7 @@ def cells_over_seeds(runs: Mapping[int, Sequence[Evaluation]]) -> dict[tuple[str
 
 def all_alike(layout: pd.DataFrame, measure: str) -> bool: # Then the split's interval has no width
     "Whether answers, or their differences, are the same for all seeds and problems."
-    return not measure.endswith("loss") and {*layout.to_numpy().flat} in ALL_ALIKE
+    return not measure.endswith("loss") and all_equal(layout.to_numpy().flat)
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c035
 @validate_arguments
@@ -153,7 +153,7 @@ def seed_table(
             split, numbers = split_variance(layout), layout.mean(axis=1)
             low, high = split.low, split.high
             if all_alike(layout, measure):
-                right = split.problems if split.mean else 0
+                right = round(split.problems * split.mean / 100)
                 low, high = (100 * end for end in wilson_interval(right, split.problems))
             rows[method_title(method), sparsity, measure] = (
                 split.mean, low, high, numbers.min(), numbers.max(), *np.sqrt(split.one_run),
@@ -189,8 +189,7 @@ def compare_over_seeds(
     def compared(measure, layout):
         found = split_variance(layout).comparison(unit(measure))
         if not all_alike(layout, measure): return found
-        won, lost = (found.n if better else 0 for better in (found.value > 0, found.value < 0))
-        low, high = interval_of_gain(won, lost, found.n)
+        low, high = interval_of_alike(found.value, found.n)
         return replace(found, low=low, high=high)
     layouts = differences_over_seeds(runs, pairs)
     return correct_family({key: compared(key[3], layout) for key, layout in layouts.items()}, family)

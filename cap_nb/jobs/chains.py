@@ -20,7 +20,7 @@ from torch import nn
 from tqdm.auto import tqdm
 import cap_nb
 from ..calibration import (
-    Calibration, calibration_pool, calibration_set, chosen_tasks, default_style, drawn)
+    Calibration, calibration_pool, calibration_set, chosen_tasks, default_style, draw)
 from ..core.errors import BadInput, check_at_least, check_fields, check_seed, validate_arguments
 from ..core.files import alone_in, is_intact, remove, sha256_of_text, taken_as, text_lines, write_text
 from ..data.problems import halves, load_text, task_family
@@ -327,7 +327,7 @@ def chain_calibration(
         if not pool or wanted != "some" and len(pool) < wanted:
             raise BadInput(f"{task} has {len(pool)} chains that are kept, but {wanted} were asked for: expected at "
                            f"most {len(pool)}; lower --n, answer more problems with 'cap chains', or keep gold.")
-        examples += [example for example, _ in drawn(pool, n or len(pool), seed)]
+        examples += [example for example, _ in draw(pool, n or len(pool), seed)]
     return Calibration.from_examples(examples, k, seed)
 
 # %% ../../nbs/jobs/06_chains.ipynb #c074
