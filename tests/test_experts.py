@@ -122,6 +122,7 @@ def test_a_run_keeps_both_tables_of_factors_and_takes_them_up_again(tiny_lab, tm
     files = [tmp_path / "run" / "attributions" / f"{name}.safetensors" for name in ("routed", "masked_experts")]
     for tensors in (read_tensors(file)[0] for file in files):
         assert tensors["experts"].shape == (2, 4) and tensors["factors"].shape == (2, 6)
+        assert tensors["factors"].dtype == torch.float64 and tensors["masked"].dtype == torch.float32, "what no zero follows from takes half the room"
     timings = read_checked(tmp_path / "run" / "timings.json")
     run_job(job, tmp_path / "run")
     assert read_checked(tmp_path / "run" / "timings.json") == timings
