@@ -431,10 +431,9 @@ def run_command(
         raise BadInput("--quick was given with --config: expected one of them, since a file gives its own numbers; "
                        "write 'n: 2' and the like there, or leave --quick out.")
     if config is not None: return run_config(context, job, config, whole)
-    from cap_nb.jobs.job import check_unread, run_job
+    from cap_nb.jobs.job import run_job
     from cap_nb.jobs.sweeps import tracked
     folder = out or Path("runs")/short_name(job.model.name)
-    check_unread(job, folder)
     keep = None
     if save_models: from cap_nb.single_steps import keep_model as keep
     with logged(folder) as begin, tracked(track, folder) as follow:

@@ -29,7 +29,7 @@ def recorded(folder):
 
 @pytest.fixture(scope="module")
 def job(small_lab):
-    return changed(SMALL, name=str(small_lab), methods=METHODS, accuracy_tasks=(), windows=0)
+    return changed(SMALL, name=str(small_lab), methods=METHODS, accuracy_tasks=(), max_new_tokens=None, windows=0)
 
 
 @pytest.fixture(scope="module")

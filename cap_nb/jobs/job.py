@@ -681,19 +681,11 @@ def as_begun(job: Job, folder: Path) -> Job:
     if job.model.dtype != "fastest" or not is_run(folder): return job
     return changed(job, dtype=read_run(folder)["model"]["dtype"])
 
-# %% ../../nbs/jobs/03_job.ipynb #c081
-@validate_arguments
-def run_job(
-    job: Job, # What is wanted
-    folder: str | Path, # The run's folder; made, or continued
-    store: str | Path | None = None, # Folder of tables of losses shared between runs; None: the run's folder
-    note: str = "", # The user's note for the record, such as what else was running
-    follow: Follow | None = None, # Follows the run's cells, as a tracker does
-    keep: Keep | None = None, # Saves each pruned model under the run's models; None keeps none
-) -> Path: # The run's folder
-    "The whole experiment (paper section 4), resumable; every mistake raises `BadInput` before work begins."
+# %% ../../nbs/jobs/03_job.ipynb #9baed540
+def do_job(job: Job, folder: Path, store: str | Path | None = None, note: str = "", follow: Follow | None = None,
+           keep: Keep | None = None) -> None:
+    "What `run_job` does; settings that nothing reads are left to the caller, who may do a part of a run again."
     check_started_once("cap run")
-    folder = Path(folder)
     ready = prepare(as_begun(job, folder))
     with alone_in(folder):
         opened = open_run(folder, ready.configuration)
@@ -707,4 +699,20 @@ def run_job(
                            fingerprint=ready.configuration["model"]["fingerprint"])
             return prune_with(ready.model, method, sparsity, given)
         finish_cells(ready, folder, possible_cells(ready), pruner, finished, keep)
+
+# %% ../../nbs/jobs/03_job.ipynb #c081
+@validate_arguments
+def run_job(
+    job: Job, # What is wanted
+    folder: str | Path, # The run's folder; made, or continued
+    store: str | Path | None = None, # Folder of tables of losses shared between runs; None: the run's folder
+    note: str = "", # The user's note for the record, such as what else was running
+    follow: Follow | None = None, # Follows the run's cells, as a tracker does
+    keep: Keep | None = None, # Saves each pruned model under the run's models; None keeps none
+) -> Path: # The run's folder
+    "The whole experiment (paper section 4), resumable; every mistake raises `BadInput` before work begins."
+    folder = Path(folder)
+    check_job(job)
+    check_unread(job, folder)
+    do_job(job, folder, store, note, follow, keep)
     return folder

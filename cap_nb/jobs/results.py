@@ -21,7 +21,7 @@ from ..core.errors import BadInput, check_choice, check_fields, check_sparsity, 
 from ..core.files import read_checked, sha256_of_file, taken_as, whole_folder, write_json, write_text
 from ..core.plots import blank_figure, in_style, INK, save_figure
 from ..evaluation import CHOICE_MEASURES, Evaluation
-from .job import run_job
+from .job import do_job
 from .records import (
     agrees, differences, is_fingerprint, job_of, load_run, PACKED, Run, settings_of, shown)
 from .report import run_folders
@@ -444,5 +444,5 @@ def repeat_run(
     if Path(out).resolve() == Path(folder).resolve():
         raise BadInput(f"{out} is the run itself: expected another folder, since a run that is finished would be "
                        "compared with itself; give a new name.")
-    run_job(same_job(first.configuration, (methods, sparsities), places or {}), out)
+    do_job(same_job(first.configuration, (methods, sparsities), places or {}), Path(out))
     return compare_repeated(first, load_run(out))
