@@ -415,7 +415,8 @@ def run_command(
     job: Job,
     context: typer.Context,
     *,
-    out: Path | None = None, # the run's folder; runs/MODEL if left out, or runs/CONFIG for a sweep
+    out: Path | None = None, # the run's folder, for one machine at a time; runs/MODEL if left out, or runs/CONFIG for a
+        # sweep
     store: Path | None = None, # folder where tables of losses are kept for other runs too
     note: str = "", # a note for the record, such as what else was running
     config: Path | None = None, # YAML file of options; lists cross, a run for each combination

@@ -31,11 +31,11 @@ from .data.prompts import Tokens
 from .evaluation import Evaluation, evaluation_problems
 from .experiments.harness import check_harness_tasks, harness_results, harness_text, HarnessSettings
 from .importance import importance_factors
-from .jobs.chains import Answering, kept_examples, own_chains, task_counts, too_few
+from .jobs.chains import Answering, kept_examples, own_chains, style_origin, task_counts, too_few
 from .jobs.job import (
     chains_of, check_job, check_problems, check_scores_wanted, check_screening, check_unread, check_windows_fit,
-    evaluate, evaluation_data, filled_in, job_calibration, model_configuration, never_drawn, Ready, spared_problems,
-    targets_configuration)
+    evaluate, evaluation_configuration, filled_in, job_calibration, model_configuration, never_drawn, Ready,
+    spared_problems, targets_configuration)
 from .jobs.planning import plan, plan_text
 from .jobs.records import environment, load_evaluation, save_evaluation
 from .jobs.settings import (
@@ -545,12 +545,18 @@ def evaluate_alone(job: Job, scores: Path | None = None, out: Path | None = None
     with working_folder(out) if out else nullcontext(): # a place that cannot be written is found before the work
         model, tokenizer = load_checked(job)
         ready = filled_in(job, tokenizer)
-        evaluation_data(ready, exclude) # so is a text or a problem that is missing, or one without room
+        measured = evaluation_configuration(ready, exclude) # so is what is missing, or has no room
         check_problems(ready, model, tokenizer, exclude)
         if not scores: warn_of_seen(job, getattr(model.config, KEY, None) or {})
         name = Path(job.model.name).name or Path(job.model.name).resolve().name # of "." that of the folder
         evaluation = evaluate(model, tokenizer, job, name, exclude)
-        if out: save_evaluation(evaluation, out, job.evaluate.backend)
+        if out:
+            plugins = {"plugins": noted} if (noted := additions_noted()) else {}
+            origin = {"model": model_configuration(ready, model, tokenizer), "evaluation": measured,
+                      "style": style_origin(ready.calibrate.style), "environment": environment(model.device)} | plugins
+            with whole_folder(out) as part:
+                save_evaluation(evaluation, part, job.evaluate.backend)
+                write_checked(part/"origin.json", origin)
     return evaluation
 
 # %% ../nbs/single_steps.ipynb #26aaae47

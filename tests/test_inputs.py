@@ -431,7 +431,6 @@ def test_a_plugin_that_changes_what_it_is_given_or_gives_no_numbers_is_refused(w
 
 
 def test_a_helper_of_a_plugin_is_part_of_it(place, monkeypatch):
-    monkeypatch.syspath_prepend(str(place))
     (place / "my.py").write_text(ADD + "from beside_my import power\nadd_criterion('mine', lambda known: known.weight.abs() ** power)")
     for power in (1, 2):
         (place / "beside_my.py").write_text(f"power = {power}")
@@ -455,6 +454,27 @@ def test_a_model_that_something_changed_ends_the_run(place, monkeypatch):
     monkeypatch.setattr(job_module, "measure_piece", measured)
     monkeypatch.setattr(job_module, "write_results", lambda folder: pytest.fail("tables of a changed model"))
     refuses("The dense model's weights changed while", run_job, job_in(place), place / "new")
+
+
+def test_a_cell_that_is_measured_anew_leaves_nothing_of_other_zeros(place, monkeypatch):
+    """Where zeros differ each time, pieces and a kept model of the zeros before go."""
+    cell, before = "cap-0.5", numbers(place / "run")
+    shutil.rmtree(place / "run" / "evaluations" / cell)
+    for left in (place / "run" / "models" / cell, place / "run" / "unfinished" / cell / "loss-lab-arc"):
+        left.mkdir(parents=True)
+    monkeypatch.setattr(job_module, "repeatable", lambda method, device: False)
+    run_job(job_in(place), place / "run")
+    assert not (place / "run" / "models" / cell).exists() and numbers(place / "run") == before
+
+
+def test_zeros_that_are_not_those_measured_leave_no_report(place, monkeypatch):
+    """The same call is refused again, and does not find what the first one left."""
+    report, real = place / "run" / "reports" / "cap-0.5.json", job_module.prune_with
+    report.unlink()
+    monkeypatch.setattr(job_module, "prune_with", lambda *given: replace(real(*given), reached=0.4))
+    for _ in range(2):
+        refuses("again gave 0.400000 zeros", run_job, job_in(place), place / "run")
+        assert not report.exists()
 
 
 # ---- the model ----

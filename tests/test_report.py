@@ -15,6 +15,7 @@ from cap_nb.core.files import read_checked, sha256_of_file
 from cap_nb.core.plots import figure_bytes
 from cap_nb.jobs.records import REPORT, check_continues, job_of, load_run, pack_run, packed_texts, unpack_run
 from cap_nb.jobs.job import prepare
+from cap_nb.jobs import report
 from cap_nb.jobs.report import command_of, figures_of, report_html, write_results
 from cap_nb.jobs.settings import Job, changed
 from cap_nb.jobs.tables import answer_markdown, answer_table, table_cells
@@ -150,6 +151,16 @@ def test_a_packed_run_keeps_its_page(tmp_path):
     pack_run(live)
     assert (live / REPORT).read_bytes() == page and load_run(live).evaluations == load_run(LAB).evaluations
     assert listed_in(live) == listed_in(packed)
+
+
+def test_a_cell_that_is_finished_while_tables_are_written_is_in_them(tmp_path, monkeypatch):
+    """A run at work writes its tables behind its last cell, and a report that was begun before must not take their place."""
+    unpack_run(ROOT / "figures" / "bfloat16" / "usual", tmp_path / "run")
+    whole = load_run(tmp_path / "run")
+    seen = iter([replace(whole, evaluations=whole.evaluations[:-1])])
+    monkeypatch.setattr(report, "load_run", lambda folder: next(seen, whole))
+    write_results(tmp_path / "run")
+    assert [*seen] == [] and (tmp_path / "run" / "tables" / "table.md").read_text(encoding="utf-8") == report.table_texts(whole)["tables/table.md"]
 
 
 def test_of_several_runs_an_unfinished_one_is_left_as_it_is(tmp_path):

@@ -110,6 +110,20 @@ def test_a_tracker_that_does_not_start(tmp_path):
         refuses("did not start .PermissionError.*log in to it", follow, {"model": {"name": "lab"}, "methods": [], "sparsities": []})
 
 
+class DoesNotEnd(NoLogin):
+    def store_init_configuration(self, values):
+        pass
+
+    def finish(self):
+        raise ConnectionError("the network is gone")
+
+
+def test_a_tracker_that_does_not_end_ends_no_run(tmp_path, caplog):
+    with tracked(DoesNotEnd(), tmp_path) as follow:
+        follow({"model": {"name": "lab"}, "methods": [], "sparsities": []})
+    assert "did not end: the network is gone" in caplog.text
+
+
 @pytest.mark.skipif("wandb" not in map(str, get_available_trackers()), reason="wandb is not installed")
 def test_wandb_offline_has_every_cell(tmp_path, monkeypatch):
     """One file that `wandb sync` could send holds the settings and the numbers of both sparsities, and none is left out as older than another."""

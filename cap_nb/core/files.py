@@ -73,8 +73,8 @@ def take_name(temporary: Path, path: Path) -> None:
     except OSError as error:
         kept = path.with_name(f"{path.name}.{os.getpid()}")
         os.replace(temporary, kept)
-        raise BadInput(f"{path} could not be made in the end ({error.strerror}): expected the name to be free, as it "
-                       f"was at first; what was made is whole in {kept.name} beside it, rename that.") from error
+        raise BadInput(f"{path} could not be given its final name ({error.strerror}): expected it to be free, as "
+                       f"it was at first; what was made is whole in {kept.name} beside it, rename that.") from error
 
 @contextmanager
 def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:

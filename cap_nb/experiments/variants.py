@@ -336,7 +336,7 @@ def run_variants(
     check_variants(ready, names, sources)
     with alone_in(folder):
         open_run(folder, settings := ready.configuration | {"methods": list(names)})
-        note_environment(folder, environment(settings["model"]["device"], note))
+        note_environment(folder, environment(ready.model.device, note))
         factors = factors_of_variants(ready, folder, names, sources)
         if not store: shutil.rmtree(sources.store, ignore_errors=True)
         cells = [cell for cell in cells_of(settings) if cell[0] in ("dense", *factors)]

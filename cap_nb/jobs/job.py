@@ -23,7 +23,7 @@ from ..calibration import Calibration, calibration_set, default_style, default_t
 from ..core.devices import memory_taken, module_of
 from ..core.errors import (
     BadInput, check_argument, check_choice, check_sparsity, fields_in, validate_arguments)
-from ..core.files import alone_in, read_tensors, sha256_of_text, write_tensors
+from ..core.files import alone_in, read_tensors, remove, sha256_of_text, write_tensors
 from ..core.registry import additions_noted
 from ..data.problems import (
     FRESH, load_problems, load_text, normal_text, Problem, task_family, TASKS, TEXTS)
@@ -275,7 +275,7 @@ def calibration_configuration(job: Job, calibration: Calibration) -> dict: # Wha
             "batch_tokens": job.model.batch_tokens, "fingerprint": calibration.fingerprint} | targets
 
 # %% ../../nbs/jobs/03_job.ipynb #c022
-def evaluation_configuration(job: Job, calibration: Calibration) -> dict: # What JSON can hold
+def evaluation_configuration(job: Job, exclude: frozenset[str]) -> dict: # What JSON can hold
     counts = {name: getattr(job.evaluate, name) for name in ("evaluate_n", "loss_n", "windows", "window_tokens")}
     limits = {task: token_limit(task, job.evaluate.max_new_tokens) for task in job.evaluate.accuracy_tasks}
     unusual = {} if job.evaluate.evaluate_on == "evaluation" else {"on": job.evaluate.evaluate_on} # as in older runs
@@ -284,7 +284,7 @@ def evaluation_configuration(job: Job, calibration: Calibration) -> dict: # What
         unusual |= {name: getattr(job.evaluate, name) for name in ("samples", "temperature", "top_p")}
     if job.evaluate.backend != "transformers": unusual["backend"] = job.evaluate.backend
     if job.calibrate.seed: unusual["seed"] = job.calibrate.seed
-    return counts | unusual | {"max_new_tokens": limits, "data": evaluation_data(job, calibrated_on(calibration))}
+    return counts | unusual | {"max_new_tokens": limits, "data": evaluation_data(job, exclude)}
 
 # %% ../../nbs/jobs/03_job.ipynb #c023
 def configuration(job: Job, model: nn.Module, tokenizer: object, calibration: Calibration) -> dict: # What JSON can hold
@@ -294,7 +294,8 @@ def configuration(job: Job, model: nn.Module, tokenizer: object, calibration: Ca
                 "calibration": calibration_configuration(job, calibration),
                 "style": style_origin(job.calibrate.style),
                 "aggregation": job.prune.aggregation, "methods": list(job.prune.methods),
-                "sparsities": list(job.prune.sparsities), "evaluation": evaluation_configuration(job, calibration)}
+                "sparsities": list(job.prune.sparsities),
+                "evaluation": evaluation_configuration(job, calibrated_on(calibration))}
     if target != "loss": settings["score_target"] = target
     if job.prune.budget is not None: settings["budget"] = job.prune.budget
     return settings | ({"plugins": noted} if (noted := additions_noted()) else {})
@@ -607,11 +608,13 @@ def prune_noted(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pru
 def pruned_anew(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pruner, dense: dict[str, torch.Tensor],
                 keep: Keep | None) -> None:
     "Prune again for a missing report or model; another share of zeros than was measured raises `BadInput`."
-    put_back(ready.model, dense)
-    again, measured = prune_noted(ready, folder, cell, pruner, keep), load_evaluation(evaluation_folder(folder, *cell))
-    if again.reached != measured.reached:
-        raise BadInput(f"Pruning {cell_name(*cell)} again gave {again.reached:.6f} zeros, not {measured.reached:.6f}: "
+    measured = load_evaluation(evaluation_folder(folder, *cell)).reached
+    def again(method: str, sparsity: float) -> PruneReport:
+        if (report := pruner(method, sparsity)).reached == measured: return report # else nothing is saved of it
+        raise BadInput(f"Pruning {cell_name(*cell)} again gave {report.reached:.6f} zeros, not {measured:.6f}: "
                        "expected the same; versions or device changed, give another folder.")
+    put_back(ready.model, dense)
+    prune_noted(ready, folder, cell, again, keep)
 
 # %% ../../nbs/jobs/03_job.ipynb #c074
 def repeatable(method: str, device: torch.device) -> bool:
@@ -632,8 +635,8 @@ def finish_cell(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pru
     else:
         if report_file(folder, cell).exists() and not repeatable(cell[0], ready.model.device):
             log.info("%s is pruned and measured anew, since its zeros depend on derivatives", cell_name(*cell))
-            report_file(folder, cell).unlink()
-            shutil.rmtree(piece_folder(folder, *cell, ""), ignore_errors=True)
+            for made in (piece_folder(folder, *cell, ""), folder/"models"/cell_name(*cell)): remove(made)
+            report_file(folder, cell).unlink() # last: without it nothing says that the others are of other zeros
         put_back(ready.model, dense)
         if cell[0] != "dense": bar.set_description(f"{cell[0]} {cell[1]:.0%}, pruning")
         empty = prune_noted(ready, folder, cell, pruner, keep)

@@ -204,6 +204,7 @@ def executed(path: Path, text: bytes) -> None:
     "Execute a plugin; an error in it raises `BadInput` that names the line."
     module = sys.modules[module_name(path)] = ModuleType(module_name(path))
     module.__file__ = str(path)
+    sys.path.insert(0, beside := str(path.parent)) # as `python FILE` has it, for modules beside it
     try: exec(compile(text, str(path), "exec"), module.__dict__)
     except BadInput as error:
         raise BadInput(f"{path.name}, {error_in_words(error, str(path))}.") from error
@@ -212,6 +213,7 @@ def executed(path: Path, text: bytes) -> None:
     except (Exception, SystemExit, GeneratorExit) as error:
         raise BadInput(f"{path.name}, {error_in_words(error, str(path))}: expected a plugin that runs to its end; "
                        "correct it.") from error
+    finally: sys.path.remove(beside)
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c074
 def helpers_of(path: Path) -> list[Path]: # In the order of their names

@@ -546,7 +546,7 @@ def pack_run(
     folder = Path(folder)
     read_run(folder)
     with alone_in(folder):
-        if (folder/"unfinished").exists():
+        if (folder/"unfinished").exists() or not records_of(folder).evaluations:
             raise Unfinished(f"{folder} holds unfinished work: expected a finished run; let 'cap run' go on first.")
         write_packed(folder)
         remove_live_records(folder)

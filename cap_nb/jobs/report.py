@@ -80,8 +80,8 @@ def cost_table(run: Run) -> pd.DataFrame:
     return pd.DataFrame.from_dict(costs, "index", columns=columns).rename_axis("Method")
 
 # %% ../../nbs/jobs/02_report.ipynb #c017
-COSTS = ("Factors: what this run spent on the method's scores, less where they were kept from before. Pruning: once, "
-         "the median over the sparsities. Memory: the most that either took beyond the model.")
+COSTS = ("Factors: what this run spent on the method's scores, less where they were kept from before. Pruning: one "
+         "pruning, the median over the sparsities. Memory: the most that either took beyond the model.")
 
 def cost_markdown(costs: pd.DataFrame) -> str: # Markdown
     forms, numbers = (".1f", ".2f", ".0f"), costs.to_numpy(dtype=float)
@@ -314,6 +314,11 @@ def remove_other_curves(folder: Path, pictures: dict[str, bytes]) -> None:
     for path in folder.glob("figures/sparsity_curves*.png"):
         if f"figures/{path.stem}" not in pictures: path.unlink()
 
+def write_manifest(folder: Path, run: Run) -> None:
+    "What tables and figures were made from; where a run at work has finished a cell meanwhile, all is made again."
+    write_checked(folder/"manifest.json", manifest(folder))
+    if load_run(folder).evaluations != run.evaluations: write_results(folder, (folder/REPORT).exists())
+
 def write_results(folder: str | Path, page: bool = False) -> None:
     "Tables, figures, page and manifest of what is finished; nothing finished raises `BadInput`."
     folder, run = Path(folder), load_run(folder)
@@ -334,5 +339,5 @@ def write_results(folder: str | Path, page: bool = False) -> None:
     if page: write_text(folder/REPORT, report_html(run, pictures))
     if live:
         remove_other_curves(folder, pictures)
-        write_checked(folder/"manifest.json", manifest(folder))
+        write_manifest(folder, run)
     else: write_packed(folder)

@@ -252,6 +252,7 @@ def with_method(job: Job, pruning: SinglePruning, own_text: bool) -> tuple[Job, 
     few = job.calibrate.calibration_tokens is None and not round(share * job.calibrate.n) # they hold no window of text
     if share and not (few or own_text):
         job, with_text = changed(job, text_share=share), f" with --text-share {share:g}"
+    elif share and few and not own_text: with_text = f" without text, for which --n {job.calibrate.n} has no window"
     return job, replace(pruning, method=method), f"No --method was given: {method}{with_text}, recommended {where}."
 
 # %% ../../nbs/jobs/01_settings.ipynb #c034

@@ -22,6 +22,7 @@ from ..analysis import summary_rows
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import (
     alone_in, HALF_WRITTEN, read_checked, read_text, sha256_of_text, TRACKING, write_checked, write_text)
+from ..core.registry import check_additions
 from ..evaluation import Evaluation
 from .job import as_begun, check_job, check_unread, Follow, prepare_loaded, run_job
 from .records import check_continues, FORMAT, GROWING, is_run, read_run, settings_of
@@ -272,7 +273,9 @@ def tracked(track: str | GeneralTracker | None, folder: Path) -> Iterator[Follow
         return track_cell
     try: yield follow if track else None
     finally:
-        for tracker in started: tracker.finish() # end_training() would also end a process group of someone else's
+        for tracker in started: # end_training() would also end a process group of someone else's
+            try: tracker.finish()
+            except Exception as error: log.warning("The tracker %s did not end: %s", track, str(error)[:150])
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c054
 INDEX, INDEX_FORMAT = "sweep.json", 1 # Name of the index; its format
@@ -339,6 +342,8 @@ def run_sweep(
     "A run for each combination, resumable; every mistake in any of them raises `BadInput` before work begins."
     folder, index = Path(folder), new_index(Path(folder), config, jobs)
     check_tracker(track)
+    for run in index["runs"]: # a finished one is not taken up, and its plugins may be others now
+        if is_run(place := folder/run["folder"]): check_additions(read_run(place).get("plugins", {}), str(place))
     unfinished = [run for run in index["runs"] if not run["finished"]]
     new = {run["folder"]: jobs[run["folder"]] for run in unfinished}
     models = {job.model for job in new.values()} # whose finished runs must be of the same weights and data

@@ -219,9 +219,11 @@ def prepare_batch(model: nn.Module, calibration: Calibration, indices: Sequence[
     return state, targets
 
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c057
+import transformers
 from pathlib import Path
 from cap_nb.core.devices import memory_of, memory_taken, module_of
 from cap_nb.core.errors import BadInput, check_at_least, check_choice, validate_arguments
+from cap_nb.core.files import sha256_of_text
 
 def heads_by_memory(model: nn.Module, state: BatchState, targets: Targets, prefix: Prefix | None) -> int:
     "The number of heads in one pass, from a trial pass of the largest batch on a GPU; 1 with weights in main memory."
@@ -298,7 +300,9 @@ def make_plan(model: nn.Module, calibration: Calibration, request: Request,
     if not together: # as many as fit with the largest batch, the same in every process
         largest = max(range(len(states)), key=lambda index: states[index].hidden.shape[:2].numel())
         together = request.share.minimum(heads_by_memory(model, states[largest], targets[largest], prefix))
-    folder = units and units/f"{request.batch_tokens}-{prefix.length if prefix else 0}-{together}"
+    made_by = f"{model.device.type} {torch.__version__} {transformers.__version__}" # on which last bits depend
+    named = f"{request.batch_tokens}-{prefix.length if prefix else 0}-{sha256_of_text(made_by)[:8]}-{together}"
+    folder = units and units/named
     groups = tuple(head_groups(of_layer, together) for of_layer in heads)
     return ScoringPlan(calibration=calibration, prefix=prefix, targets=tuple(targets), groups=groups,
                        store=UnitStore(folder)), states
@@ -488,7 +492,7 @@ def help_scoring(model: nn.Module, calibration: Calibration, request: Request) -
     plan, states = make_plan(model, calibration, request, units)
     if not (plan.store.folder/CLAIMS).exists():
         raise BadInput(f"The process at work in {units} has not begun, or has other settings: expected the same "
-                       "--batch-tokens and --heads-at-once; wait for it, or use the same.")
+                       "--batch-tokens, --heads-at-once, device and versions; wait for it, or use the same.")
     losses: dict[Unit, torch.Tensor] = {}
     try: walk_and_score(model, plan, states, losses)
     except FileNotFoundError:
