@@ -18,7 +18,8 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files (
 SOAKED = ROOT / "figures" / "bad_input" / "soaked.json"
 
 
-FIRST = {f"test_{name}.py" for name in ("devices", "teaching", "hub", "install", "models_of_a_run", "inputs", "chains", "planning")}
+FIRST = {f"test_{name}.py" for name in ("devices", "teaching", "hub", "install", "models_of_a_run", "inputs", "chains", "planning", "changed_numbers", "cli",
+                                       "on_one_page")}
 
 
 def pytest_collection_modifyitems(items):

@@ -17,9 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from cap_nb import calibration
 from cap_nb.calibration import Calibration
 from cap_nb.core.errors import BadInput
-from cap_nb.data.problems import LAB_TASKS
 from cap_nb.data.prompts import IGNORED, Example
-from cap_nb.jobs import chains, report
+from cap_nb.jobs import report
 from cap_nb.models import lab
 from cap_nb.models.anatomy import projections
 from cap_nb.models.loading import tokenizer_fingerprint
@@ -38,19 +37,18 @@ def refuses(words, call, *given, **named):
 
 @contextmanager
 def pools_encoded_once():
-    """Rendering and tokenising the lab's 2,000 problems of a task takes half a second, and hundreds of calibration sets are drawn."""
-    encode, pools = calibration.calibration_pool, {}
+    """Rendering and tokenising a task's thousands of problems takes seconds, and hundreds of calibration sets are drawn: each problem once."""
+    encode, known = calibration.encode_problems, {}
 
-    def pool(tokenizer, task, data_dir, style, exclude=frozenset()):
-        if task not in LAB_TASKS:
-            return encode(tokenizer, task, data_dir, style, exclude)
-        key = task, style, tokenizer_fingerprint(tokenizer)
-        if key not in pools:
-            pools[key] = encode(tokenizer, task, None, style)
-        left = [example for example in pools[key] if example.uid not in exclude]
-        return left or encode(tokenizer, task, None, style, exclude)  # which refuses it
+    def encoded(tokenizer, problems, style):
+        if len(problems) < 250:  # a test's own file
+            return encode(tokenizer, problems, style)
+        examples = known.setdefault((tokenizer_fingerprint(tokenizer), style), {})
+        if new := [problem for problem in problems if problem not in examples]:
+            examples.update(zip(new, encode(tokenizer, new, style)))
+        return [examples[problem] for problem in problems]
 
-    with patch.object(calibration, "calibration_pool", pool), patch.object(chains, "calibration_pool", pool):
+    with patch.object(calibration, "encode_problems", encoded):
         yield
 
 

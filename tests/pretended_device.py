@@ -60,7 +60,9 @@ PROCESSOR, DEVICE = "cpu", "pretend:0"
 FITTED = {"retained_gates": GateFit(steps=2), "removed_gates": GateFit(steps=2), "explainable_masks": MaskFit(steps=2)}
 ATTRIBUTED = {f"cap.{name}" for name in ATTRIBUTIONS}  # attributions are tried by themselves
 JOINED = {"cap@row", "cap@layer", "cap@matrix", "wanda@model", "cap_wanda@row", "ria@model", "gradient@row", "integrated_gradients@row", "relevance@row", "cap@2:4", "ria@2:4",
-          "sparsegpt+kl", "alps+kl"}  # of a score or solver, and a scope, pattern or budget, that are tried with others
+          "sparsegpt+kl", "alps+kl", "sparsegpt+owl", "wanda@2:4", "wanda^swaps^update", "sparsegpt^update",
+          # of a score or solver, and a scope, pattern, budget or recovery, that are tried with others; and, pruned among the kinds of work below:
+          "cap", "wanda", "gradient", "sparsegpt", "wanda^update", "wanda+kl"}
 LEFT_OUT = ATTRIBUTED | (set() if os.environ.get("CAP_NB_SOAK") else JOINED)
 METHODS = ["dense", *(name for name in table_methods() if name not in LEFT_OUT), "wanda^block", "cap.pooled", "cap.neurons", "alps.neurons"]
 EXAMPLES = made_up_calibration(5)

@@ -264,7 +264,7 @@ def test_a_run_with_one_measure_still_has_a_figure():
 def test_a_damaged_drawing_leaves_no_file(tmp_path):
     figure = plot_importance_distribution(torch.arange(4.).view(2, 2))
     figure.axes[0].set_title("$\\nonsense{$")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="nonsense"):
         save_figure(figure, tmp_path / "broken")
     assert list(tmp_path.iterdir()) == []
 

@@ -150,9 +150,9 @@ def test_the_default_calibration_is_as_it_was(lab):
     assert job_calibration(changed(Job(), n=4, k=2), lab[1]) == calibration_set(lab[1], n=4, k=2)
 
 
-def test_a_run_on_chains_and_text(made, tmp_path):
+def test_a_run_on_chains_and_text(made, small_lab, tmp_path):
     """Every kind of method calibrates on them; run.json says what on; another file is another run."""
-    words = ["run", *FEW, "--methods", "cap,wanda,sparsegpt", "--sparsity", "0.5", "--text-share", "0.34", "--text-tokens", "100"]
+    words = ["run", "--model", small_lab, *FEW, "--methods", "cap,wanda,sparsegpt", "--sparsity", "0.5", "--text-share", "0.34", "--text-tokens", "100"]
     output_of(*words, "--calibrate-on", made[1], "--out", tmp_path / "run")
     said = read_checked(tmp_path / "run" / "run.json")["calibration"]
     assert (said["on"], said["chains"], said["text_share"], said["text_tokens"]) == ("chains", made[0].fingerprint, 0.34, 100)
@@ -188,9 +188,9 @@ def test_a_set_is_drawn_by_tokens(lab, made, kind):
         assert {e.uid for e in sets[900].examples if e.task != "text"} <= {chain.uid for chain in made[0].chains}
 
 
-def test_a_run_by_tokens_says_what_it_holds(made, tmp_path):
+def test_a_run_by_tokens_says_what_it_holds(made, small_lab, tmp_path):
     """run.json has what was asked for and what came of it; the run can be read back, told apart and put as a command."""
-    words = ["run", *FEW[2:], "--methods", "magnitude", "--sparsity", "0.5", "--calibrate-on", made[1], "--chain-rule", "all,tokens=20-", "--out", tmp_path / "run"]
+    words = ["run", "--model", small_lab, *FEW[2:], "--methods", "magnitude", "--sparsity", "0.5", "--calibrate-on", made[1], "--chain-rule", "all,tokens=20-", "--out", tmp_path / "run"]
     output_of(*words, "--calibration-tokens", "900")
     kept = read_run(tmp_path / "run")
     said = kept["calibration"]

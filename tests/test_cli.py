@@ -276,9 +276,9 @@ def test_a_run_keeps_a_log_and_its_bar_says_what_runs(tmp_path, monkeypatch):
     assert "left where it is" not in cap("pack", tmp_path / "run").output
 
 
-def test_where_no_terminal_is_bars_are_lines(tmp_path):
+def test_where_no_terminal_is_bars_are_lines(small_lab, tmp_path):
     """Nothing is drawn over itself; --quiet says nothing, and --verbose how long each stage took."""
-    words = ["run", *FEW_LOSSES, "--tasks", "lab-arc", "--sparsity", "0.5"]
+    words = ["run", "--model", small_lab, *FEW_LOSSES, "--tasks", "lab-arc", "--sparsity", "0.5"]
     def run(option, methods): return programs.finished(programs.cap(*words, *filter(None, [option]), "--methods", methods, "--out", tmp_path / f"run{option}"))
     said = {"": run("", "cap,magnitude"), "--quiet": run("--quiet", "magnitude"), "--verbose": run("--verbose", "magnitude")}
     assert all(process.returncode == 0 and "\r" not in process.stderr and "\x1b" not in process.stderr for process in said.values()), said[""].stderr

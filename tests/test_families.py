@@ -319,7 +319,7 @@ def test_every_method_prunes_a_moe_and_can_be_undone(name):
     dense, copies, before = model_fingerprint(model), copied_weights(model), mask_fingerprint(model)
     for method, sparsity in SPARSITIES.items():
         report = prune(model, method, sparsity, None if "." in method else tiny_factors(model), tiny_calibration())
-        assert abs(report.reached - sparsity) < 0.1, method
+        assert abs(report.reached - sparsity) < (0.06 if method in ("heads", "wanda+owl") else 0.01), method
         assert mask_fingerprint(model) != before
         put_back(model, copies)
         assert model_fingerprint(model) == dense

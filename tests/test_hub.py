@@ -134,8 +134,8 @@ def test_strategyqa_as_json(machine, hub):
     """The hub's copy may lie there as JSON; the reader takes both."""
     old = hub.repos["dataset", STRATEGYQA.hub[0]]
     hub.add(next(repo for repo in data_sets("json") if repo.name == old.name))
-    outcome = machine.run(python="from cap_nb.all import load_problems; print(len(load_problems('strategyqa', 'calibration')))", cache="json")
-    hub.add(old)
+    try: outcome = machine.run(python="from cap_nb.all import load_problems; print(len(load_problems('strategyqa', 'calibration')))", cache="json")
+    finally: hub.add(old)
     assert outcome.out.split() == ["16"], outcome.err
 
 

@@ -217,20 +217,15 @@ def change_leaf(file, path, value):
 
 
 DEFAULTS = tiny_config(vocab_size=8, pad_token_id=1, bos_token_id=0, eos_token_id=1).to_json_string(use_diff=False)
-CONFIG = [(path, new) for path, value in leaves(json.loads(DEFAULTS)) if (new := other_leaf(path, value)) is not None]
+CONFIG = [(path, new) for path, value in leaves(json.loads(DEFAULTS))
+          if path[0] != "label2id" and (new := other_leaf(path, value)) is not None]  # names of classes, which no language model has
 
 
 @pytest.mark.parametrize(
     "path, value", CONFIG, ids=lambda each: ".".join(each) if isinstance(each, tuple) else str(each)
 )
 def test_a_changed_configuration(path, value, place):
-    file = place / "model" / "config.json"
-    whole = json.loads(file.read_text())
-    for key in path[:-1]:
-        whole = whole.get(key, {})
-    if path[-1] not in whole and path[:-1]:
-        pytest.skip(f"this version of transformers names {'.'.join(path)} differently")
-    change_leaf(file, path, value)
+    change_leaf(place / "model" / "config.json", path, value)
     check_taken_in(place, path[-1])
 
 

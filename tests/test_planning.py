@@ -52,7 +52,7 @@ WIDER = dict(hidden_size=48, intermediate_size=160, head_dim=16, vocab_size=90, 
 RATES = Rates(memory=80, peak=0.1, bandwidth=100, link=10, name="made up", timed=True)
 
 
-@functools.lru_cache(maxsize=1)  # of up to 77 million weights
+@functools.lru_cache(maxsize=1)  # of up to 22 million weights
 def drawn_model(kind, **shape):
     return tiny_llama(kind, **WIDER | shape)
 
@@ -218,13 +218,13 @@ def test_the_memory_of_screening_is_about_what_is_held(shape, dtype):
     assert 0.5 < held / at_once(stage(load, "scoring").memory) < 2
 
 
-SHAPES = {"SmolLM2-135M": (576, 1536, 9, 3), "Qwen2.5-0.5B": (896, 4864, 14, 2), "Llama-3.2-1B": (2048, 8192, 32, 8)} # hidden, MLP, heads, key-value heads
+SHAPES = {"SmolLM2-135M": (576, 1536, 9, 3), "Qwen2.5-0.5B": (896, 4864, 14, 2)} # hidden, MLP, heads, key-value heads
 
 
 @pytest.mark.parametrize("name, work", [(name, work) for name in ("lab", *SHAPES) for work in ("scoring", "cap", "wanda", "sparsegpt")
                                          if work != "sparsegpt" or name in ("lab", "SmolLM2-135M")])
 def test_planned_memory_is_within_15_percent_of_the_tensors_held(name, work):
-    """Real shapes, one layer of all but the lab; SparseGPT on the two larger ones would take longest of all tests here."""
+    """Real shapes, one layer of all but the lab; SparseGPT on the largest would take longest of all tests here."""
     if name == "lab":
         model = load_model("lab")[0]
     else:
@@ -241,7 +241,7 @@ def test_planned_memory_is_within_15_percent_of_the_tensors_held(name, work):
     assert 0.85 < at_once(found.memory) / held < 1.15
 
 
-@pytest.mark.parametrize("method, dtype", [*((method, torch.float32) for method in ("alps", "wanda^swaps", "wanda^update", "cap^swaps^update", "wanda^block")),
+@pytest.mark.parametrize("method, dtype", [*((method, torch.float32) for method in ("alps", "wanda^swaps", "wanda^update", "wanda^block")),
                                            ("cap^swaps^update", torch.bfloat16)])
 def test_the_memory_of_pruning_is_about_what_is_held(method, dtype):
     model = random_model(hidden_size=192, intermediate_size=768, num_hidden_layers=2).to(dtype)

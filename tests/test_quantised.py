@@ -44,7 +44,7 @@ def test_a_tensor_is_read_some_rows_at_a_time(tmp_path, monkeypatch):
         assert len(pieces) > 1 or len(planned.shape) == 1
 
 
-@pytest.mark.parametrize("kind, tied", [("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False)])
+@pytest.mark.parametrize("kind, tied", [("llama", True), ("qwen2", False)])
 def test_load_model_reads_it(tmp_path, kind, tied):
     folder = saved(tmp_path / "src", kind, tie_word_embeddings=tied)
     export_gguf(folder, tmp_path / "x.gguf")

@@ -55,9 +55,9 @@ def test_a_run_that_grew_is_compared_where_both_have_cells(run, tmp_path):
 
 
 @pytest.mark.parametrize("given", [{"score_target": "divergence"}, {"budget": 0.7, "aggregation": "mean"}])
-def test_a_method_that_reads_no_scores_is_repeated_and_added_alone(given, tmp_path):
+def test_a_method_that_reads_no_scores_is_repeated_and_added_alone(given, small_lab, tmp_path):
     """The run's target of scores and its budget stand in its record and were not given for this method; a new run with it is refused."""
-    job = changed(SMALL, methods=("cap", "wanda"), n=3, accuracy_tasks=(), **given)
+    job = changed(SMALL, name=str(small_lab), methods=("cap", "wanda"), n=3, accuracy_tasks=(), **given)
     run_job(job, tmp_path / "run")
     table = repeat_run(tmp_path / "run", tmp_path / "again", ["wanda"])
     assert table["compared"].tolist() == table["equal"].tolist() and table["compared"].sum()

@@ -238,8 +238,9 @@ def test_without_a_hub_it_is_one_sentence(place, monkeypatch):
     assert "\n" not in str(error.value) and "hf_stands_in" not in str(error.value)
 
 
-def test_a_card_is_replaced_by_force(place):
-    done("card", place / "half", "--force")
-    assert b"Measured" not in (place / "half" / "README.md").read_bytes()
+def test_a_card_is_replaced_by_force(place, tmp_path):
+    folder = shutil.copytree(place / "half", tmp_path / "half")
+    done("card", folder, "--force")
+    assert b"Measured" not in (folder / "README.md").read_bytes()
     for force in (["--force"], []):  # the same card again is no change
-        done("card", place / "half", "--run", ROOT / "figures" / "lab", *force)
+        done("card", folder, "--run", ROOT / "figures" / "lab", *force)

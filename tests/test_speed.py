@@ -61,8 +61,7 @@ def test_the_program_measures(tmp_path):
     assert all(len(rounds) == 2 and min(rounds) > 0 for sides in record["seconds"].values() for rounds in sides.values())
 
 
-@pytest.mark.parametrize("asked", [None, "float32"])
-@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stored, asked", [("float32", None), ("bfloat16", None), ("bfloat16", "float32")])
 def test_both_sides_have_one_dtype(stored, asked, tmp_path):
     """However the pruned folder is stored, beside a model in float32; every row and the record name the dtype, and another where a way computes in it."""
     model, tokenizer = load_model("lab", stored, "cpu")

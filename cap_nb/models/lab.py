@@ -444,9 +444,10 @@ def train_lab(
     folder, recipe = Path(folder), kind.recipe(steps=steps, seed=seed, **sizes)
     work = Path(work) if work else folder.with_name(folder.name + ".work")
     check_new_folder(folder)
-    tokenizer = train_tokenizer(recipe.vocabulary)
-    model = kind.new(recipe, tokenizer)
-    with alone_in(work): log = train(model, tokenizer, recipe, work, kind)
+    with alone_in(work): # where that cannot be, nothing is trained, the tokenizer included
+        tokenizer = train_tokenizer(recipe.vocabulary)
+        model = kind.new(recipe, tokenizer)
+        log = train(model, tokenizer, recipe, work, kind)
     with torch.no_grad(): # what is evaluated is what is kept
         for weight in model.parameters(): weight.copy_(weight.to(kind.stored))
     model.eval()

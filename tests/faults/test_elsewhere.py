@@ -31,7 +31,7 @@ def test_a_shard_that_is_cut_short_or_gone(tmp_path):
     load_model(str(tmp_path / "m"), device="cpu")
 
 
-@pytest.mark.skipif(not SOAK, reason="reads the libraries twice")
+@pytest.mark.skipif(not SOAK, reason="reads the libraries twice; make soak does")
 def test_other_interpreters_give_the_same_bytes(whole, tmp_path):
     """Nothing depends on the order of a set or on the state of this process: two programs of their own, with other seeds of Python's hashes."""
     for seed in ("1", "2"):
@@ -56,7 +56,7 @@ main()
 """
 
 
-@pytest.mark.skipif(not SOAK, reason="serves a hub, and reads the libraries twice more")
+@pytest.mark.skipif(not SOAK, reason="serves a hub, and reads the libraries six times; make soak does")
 @pytest.mark.parametrize("moment", [".run.json", "reports/.dense", "reports/.magnitude"])
 def test_a_cache_that_is_pulled(tmp_path, moment):
     """The hub's cache vanishes during a run: fetched again where there is a hub; without one a sentence, and with the cache back the run goes on."""

@@ -32,7 +32,7 @@ def test_two_signals_end_it_at_once(tmp_path):
     assert said_by(run_in(tmp_path / "run", act), 130).count(STOPPED) == 1
 
 
-@pytest.mark.skipif(not SOAK, reason="reads the libraries six times")
+@pytest.mark.skipif(not SOAK, reason="reads the libraries six times; make soak does")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("seconds", [0.4, 1.5, 3])
 def test_stopped_while_the_libraries_are_read(number, seconds, tmp_path):
