@@ -141,7 +141,7 @@ def exchange(slots: Slots, rows: torch.Tensor, first: torch.Tensor, second: torc
     slots.left[rows] -= 1
 
 # %% ../../nbs/methods/14_swaps.ipynb #fa543d2f
-SWAPS_A_PASS = 8 # Exchanges for one choice of candidates: with more the candidates age, with fewer more is read
+SWAPS_A_PASS = 8 # Exchanges for one choice of candidates: more would use outdated ones, fewer would read more
 GOING = 0.75 # Share of rows that go on, below which those that are done are left out
 
 def swap_slots(part: Slots, barrier: torch.Tensor, gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
