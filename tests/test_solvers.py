@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from cap_nb.calibration import Calibration
 from cap_nb.data.prompts import IGNORED
 from cap_nb.methods.block import FORMS, output_of, rebuild, targets_of
 from cap_nb.methods.layer_walk import layer_by_layer
@@ -9,10 +10,11 @@ from cap_nb.methods import wanda
 from cap_nb.methods.budgets import measured_divergences, pruned_regions, sublayers, wanda_local
 from cap_nb.methods.criteria import Inputs
 from cap_nb.methods.prune import ALLOCATIONS, prune
+from cap_nb.methods.sparsegpt import input_hessians
 from cap_nb.models.anatomy import decoder_layers, projections
 from cap_nb.models.replay import attention_of
 from cap_nb.scoring import batches_of
-from proofs import TINY_MODELS, tiny_calibration, tiny_factors, tiny_model
+from proofs import random_examples, TINY_MODELS, tiny_calibration, tiny_factors, tiny_model
 
 LEVELS = (0.3, 0.6)
 
@@ -26,6 +28,23 @@ def test_nothing_is_missed_where_statistics_end_a_pass(name, monkeypatch):
             patched.setattr(wanda, "until_known", lambda record, names: ended.append(names) or record)
             whole = wanda.input_sums(step, wanda.squares)
         assert ended and all(torch.equal(short[p.name], whole[p.name]) for p in step.projections)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_an_expert_without_tokens_has_the_same_norm_by_hessians(name):
+    """It is as small as that of the expert reached least, so under a layer's threshold a recovery starts from the zeros of plain Wanda."""
+    few = Calibration.from_examples(random_examples([4], 1), k=1)
+    silent = 0
+    for step in layer_by_layer(tiny_model(name), few):
+        norms, hessians = wanda.input_norms(step), input_hessians(step)
+        silent += sum(p.expert is not None and bool((norms[p.name] == norms[p.name][0]).all()) for p in step.projections)
+        for p in step.projections:
+            torch.testing.assert_close((hessians[p.name].diagonal() / step.sequences).sqrt(), norms[p.name])
+    assert silent
+    plain, recovered = tiny_model(name), tiny_model(name)
+    prune(plain, "wanda@layer", 0.5, calibration=few)
+    prune(recovered, "wanda@layer^update", 0.5, calibration=few)
+    assert all(torch.equal(p.weight == 0, q.weight == 0) for p, q in zip(projections(plain), projections(recovered)) if p.layer == 0)
 
 
 @torch.no_grad()

@@ -247,7 +247,11 @@ def norm_rule(norm: nn.Module, inputs: torch.Tensor, outputs: torch.Tensor) -> t
     if "LayerNorm" not in type(norm).__name__: return identity_rule(inputs, outputs)
     bias = getattr(norm, "bias", None)
     centred, shift = inputs - inputs.mean(-1, keepdim=True), torch.zeros(()) if bias is None else bias
-    scale = torch.where(centred == 0, 0, (outputs - shift) / centred).detach()
+    if type(norm) is nn.LayerNorm: # a quotient of 16 bits would be wrong where the bias is much larger than the rest
+        wide = inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32))
+        scale = (wide.var(-1, correction=0, keepdim=True) + norm.eps).rsqrt()
+        scale = (scale if norm.weight is None else scale * norm.weight.detach()).to(inputs)
+    else: scale = torch.where(centred == 0, 0, (outputs - shift) / centred).detach()
     return with_gradient_of(outputs, centred * scale + shift)
 
 ACTIVATIONS = tuple({entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()})

@@ -37,7 +37,8 @@ def finite_by_layer(signal: Sequence[float], weights: Sequence[int]) -> tuple[to
     d, w = (torch.tensor(values, dtype=torch.float64) for values in (signal, weights))
     if d.isfinite().all(): return d, w
     raise BadInput("Some layer's signal is not finite: expected a number for each layer; "
-                   "check the scores and the model's weights for NaN, or for a matrix of equal singular values.")
+                   "check the scores and the model's weights for NaN, or for a matrix of zeros, of rank one or of "
+                   "equal singular values.")
 
 def stretched(d: torch.Tensor) -> torch.Tensor: # r, in [0, 1]
     "A signal from 0 for its smallest value to 1 for its largest; all 0 if it is the same everywhere."

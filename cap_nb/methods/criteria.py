@@ -229,6 +229,8 @@ def prune_by(model: nn.Module, name: str, sparsity: float, scope: str | None = N
     check_pattern(scope, check_sparsity(sparsity))
     method, walking, threshold = f"{name}@{scope}", walks(criterion, scope), None
     check_inputs(method, inputs, [GIVES[need] for need in criterion.needs])
+    if "hessian" in criterion.needs:
+        raise BadInput(f"Criterion {name!r} needs Hessians: expected one that prune_by can measure for; call prune.")
     shares, scoped = projection_shares(model, sparsity, inputs, scope), projections(model)
     check_pattern_fits(scoped, scope)
     measured = measured_for(model, criterion, inputs, walking)

@@ -222,7 +222,7 @@ def routed_factors(routed: RoutedLosses, losses: HeadLosses, how: str = "paper")
     return replace(with_layer_mean(given.mean(1), heads), kept=dict(vars(routed)))
 
 def routed_mean_factors(routed: RoutedLosses, losses: HeadLosses, how: str = "paper") -> UnitFactors:
-    "The control of `routed_factors`: the same line, and the mean of the layer's heads for every expert."
+    "The control of `routed_factors`: the same scale, and the mean of the layer's heads for every expert."
     factors = routed_factors(routed, losses, how)
     return with_layer_mean(torch.full_like(factors.experts, math.nan), factors.heads)
 

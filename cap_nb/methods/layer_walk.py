@@ -141,7 +141,7 @@ def unreached(layer_projections: Sequence[Projection], sums: dict[str, torch.Ten
     "Projections of experts that no token reached, by the sums over their inputs (module name -> tensor)."
     missing = [p for p in layer_projections if p.expert is not None and not sums[p.name].any()]
     if missing:
-        log.warning("No calibration token reaches the experts %s of layer %d: within them the magnitude decides",
+        log.warning("No calibration token reaches the experts %s of layer %d: all their inputs count alike",
                     sorted({p.expert for p in missing}), missing[0].layer)
     return missing
 

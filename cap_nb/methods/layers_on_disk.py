@@ -133,8 +133,9 @@ def check_walked(method: str, sparsity: float) -> MethodName:
     by_layers = parts.base in (*SOLVERS, *STREAMED) or criterion and walks(criterion, own_scope(parts)) and not (
         {*DERIVATIVES} - {"regional_gradient"}) & {*criterion.needs}
     if by_layers and not parts.allocation and parts.attribution not in UNIT_AWARE: return parts
-    raise BadInput(f"Method {method!r} cannot be streamed: expected one that sees a layer at a time, without an "
-                   "allocation; load the model and prune it in memory.")
+    without = "factors of experts or neurons" if parts.attribution in UNIT_AWARE else "an allocation"
+    raise BadInput(f"Method {method!r} cannot be streamed: expected one that sees a layer at a time, without "
+                   f"{without}; load the model and prune it in memory.")
 
 def check_one_dtype(checkpoint: Checkpoint) -> None:
     "Raise `BadInput` for weights in scope that loading would cast to the dtype of most."

@@ -17,7 +17,7 @@ from cap_nb.core.errors import BadInput, check_choice
 from cap_nb.importance import importance_factors
 from cap_nb.methods.experts import (
     check_has_experts, neuron_projections, place_of, pooled_factors, ROUTING_AWARE, UnitAttribution, UnitFactors)
-from cap_nb.methods.resumed_scoring import intact_losses, score_heads
+from cap_nb.methods.resumed_scoring import check_target, intact_losses, score_heads
 from cap_nb.methods.sparsegpt import MadeOnce, MatrixSolver
 from cap_nb.methods.wanda import slopes_of, wanting_gradients
 from cap_nb.models.anatomy import expert_counts, Projection, projections
@@ -98,6 +98,7 @@ def unit_aware_factors(model: nn.Module, name: str, calibration: Calibration, lo
     if losses.uid != tuple(example.uid for example in calibration.examples):
         raise BadInput("The table of losses and the calibration set hold different examples: "
                        "expected the same, in the same order; score again.")
+    check_target(losses, "loss", "The table of losses")
     return way.factors(way.measure(model, calibration, batch_tokens), losses, how)
 
 # %% ../../nbs/methods/23_neurons.ipynb #cbe6a6e9

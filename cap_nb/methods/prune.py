@@ -176,6 +176,9 @@ def check_method(name: str) -> MethodName:
         but = f" but {', '.join(FORMS)}, since it ends with the update" if parts.base == "alps" else ""
         raise BadInput(f"Method {name!r} names a recovery: expected none for {parts.base}{but}; "
                        f"leave ^{parts.recovery} out.")
+    if parts.base in SOLVERS and (parts.recovery or "").startswith("swaps") and "update" not in parts.recovery:
+        raise BadInput(f"Method {name!r} would take back what {parts.base} moved, since swaps start from the dense "
+                       f"weights: expected update after them; name {name.replace('^swaps', '^swaps^update')}.")
     return parts
 
 def check_fits(name: str, model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from cap_nb.calibration import Calibration
 from cap_nb.core.errors import BadInput
 from cap_nb.methods.layer_walk import layer_by_layer, LayerStep, unreached
 from cap_nb.methods.selection import first_true, kth_smallest, smallest_in_rows
-from cap_nb.methods.wanda import input_sums
+from cap_nb.methods.wanda import input_sums, least_reached
 from cap_nb.threshold import zero_count
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c005
@@ -183,7 +183,8 @@ def input_hessians(step: LayerStep, onwards: bool = False) -> dict[str, torch.Te
     "H = X X^T of a layer's projections (Frantar and Alistarh 2023); holds 4 * in^2 bytes for each distinct input."
     sums = input_sums(step, add_products, onwards)
     for total in {id(total): total for total in sums.values()}.values(): mirrored(total)
-    for p in unreached(step.projections, sums): sums[p.name].fill_diagonal_(step.sequences)
+    squares = {name: total.diagonal() for name, total in sums.items()}
+    for p in unreached(step.projections, sums): sums[p.name].fill_diagonal_(least_reached(p, step, squares))
     return sums
 
 # %% ../../nbs/methods/13_sparsegpt.ipynb #c074
@@ -206,6 +207,7 @@ def by_matrix(solver: MatrixSolver, shares: dict[str, float]) -> LayerSolver:
     def solve(step: LayerStep, hessians: Hessians) -> None:
         readers, once = Counter(map(id, hessians.values())), MadeOnce()
         for p in step.projections:
+            if not shares[p.name]: continue
             hessian = hessians[p.name]
             if readers[id(hessian)] == 1: once = MadeOnce(most=0) # no other projection reads what would be kept
             elif not once.most: once = MadeOnce()

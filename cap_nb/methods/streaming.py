@@ -185,7 +185,8 @@ def check_streamed(method: str, sparsity: float, ties: str = "exact", with_hessi
                        "sparsegpt, wanda^swaps or wanda; leave --hessians out.")
     bases = (*SOLVERS, *STREAMED) if with_hessians else STREAMED
     if parts.base in bases and not parts.allocation and parts.attribution not in UNIT_AWARE: return parts
-    form = " without an allocation, and a recovery or none" if with_hessians else ", with a scope or without"
+    form = " without an allocation or factors of experts or neurons"
+    form += ", and a recovery or none" if with_hessians else ", with a scope or without"
     raise BadInput(f"Method {method!r} cannot be streamed: expected {', '.join(bases)}{form}; "
                    "leave --norms and --hessians out, or prune it in memory.")
 

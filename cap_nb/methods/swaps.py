@@ -43,7 +43,8 @@ def fresh_rows(weight: torch.Tensor, mask: torch.Tensor, gram: torch.Tensor, lef
     gone = mask.to(weight.dtype)
     overlaps, alone = ((weight * gone) @ gram).mul_(weight), weight.square().mul_(gram.diagonal())
     size = torch.linalg.vecdot(alone, gone) + torch.linalg.vecdot(overlaps, gone).abs()
-    returns = gone.reciprocal().sub_(1).add_(alone) # 1/1 - 1 is 0, and 1/0 - 1 infinity: faster than by a bool mask
+    can_return = gone * (weight != 0) # another zero would take the place of one that is zero itself
+    returns = can_return.reciprocal_().sub_(1).add_(alone) # 1/1 - 1 is 0, and 1/0 - 1 infinity: faster than by a mask
     goes = alone.add_(gone.neg_().add_(1).reciprocal_().sub_(1))
     return Rows(weight=weight, mask=mask, goes=goes, returns=returns, overlaps=overlaps, slack=SLACK * size, left=left)
 
@@ -140,7 +141,7 @@ def exchange(slots: Slots, rows: torch.Tensor, first: torch.Tensor, second: torc
     slots.left[rows] -= 1
 
 # %% ../../nbs/methods/14_swaps.ipynb #fa543d2f
-SWAPS_A_PASS = 8 # Exchanges for one choice of candidates: with more the candidates age, with fewer more is read
+SWAPS_A_PASS = 8 # Exchanges for one choice of candidates: more would use outdated ones, fewer would read more
 GOING = 0.75 # Share of rows that go on, below which those that are done are left out
 
 def swap_slots(part: Slots, barrier: torch.Tensor, gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -78,13 +78,16 @@ def squares(inputs: torch.Tensor, so_far: torch.Tensor | None = None) -> torch.T
     added = sum(copy.square_().sum(0) for copy in copies)
     return added if so_far is None else so_far.add_(added)
 
+def least_reached(p: Projection, step: LayerStep, squares: dict[str, torch.Tensor]) -> float:
+    "The mean square of the inputs of the expert that was reached least, for one that no token reached."
+    same = [squares[q.name] for q in step.projections if q.role == p.role and q.expert is not None]
+    return min((total.mean().item() for total in same if total.any()), default=step.sequences)
+
 @torch.no_grad()
 def input_norms(step: LayerStep, onwards: bool = False) -> dict[str, torch.Tensor]: # Module name -> float32 [in]
     "The norms of the inputs of a layer's projections over the calibration set (Sun et al. 2024)."
     sums = input_sums(step, squares, onwards)
-    for p in unreached(step.projections, sums): # ranked with the expert that was reached least
-        same = [sums[q.name] for q in step.projections if q.role == p.role and q.expert is not None]
-        sums[p.name].fill_(min((total.mean().item() for total in same if total.any()), default=step.sequences))
+    for p in unreached(step.projections, sums): sums[p.name].fill_(least_reached(p, step, sums))
     return {name: (total / step.sequences).sqrt().float() for name, total in sums.items()}
 
 # %% ../../nbs/methods/10_wanda.ipynb #dab17826
