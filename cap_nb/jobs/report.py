@@ -80,8 +80,8 @@ def cost_table(run: Run) -> pd.DataFrame:
     return pd.DataFrame.from_dict(costs, "index", columns=columns).rename_axis("Method")
 
 # %% ../../nbs/jobs/02_report.ipynb #c017
-COSTS = ("Factors: what this run spent on the method's scores, less where they were kept from before. Pruning: one "
-         "pruning, the median over the sparsities. Memory: the most that either took beyond the model.")
+COSTS = ("Factors: what this run spent on the method's scores, less where they were kept from before. Pruning: once, "
+         "the median over the sparsities. Memory: the most that either took beyond the model.")
 
 def cost_markdown(costs: pd.DataFrame) -> str: # Markdown
     forms, numbers = (".1f", ".2f", ".0f"), costs.to_numpy(dtype=float)
