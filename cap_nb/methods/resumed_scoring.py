@@ -300,7 +300,8 @@ def make_plan(model: nn.Module, calibration: Calibration, request: Request,
     if not together: # as many as fit with the largest batch, the same in every process
         largest = max(range(len(states)), key=lambda index: states[index].hidden.shape[:2].numel())
         together = request.share.minimum(heads_by_memory(model, states[largest], targets[largest], prefix))
-    made_by = f"{model.device.type} {torch.__version__} {transformers.__version__}" # on which last bits depend
+    device = next(model.parameters()).device.type
+    made_by = f"{device} {torch.__version__} {transformers.__version__}" # on which last bits depend
     named = f"{request.batch_tokens}-{prefix.length if prefix else 0}-{sha256_of_text(made_by)[:8]}-{together}"
     folder = units and units/named
     groups = tuple(head_groups(of_layer, together) for of_layer in heads)
