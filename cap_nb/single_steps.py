@@ -551,9 +551,9 @@ def evaluate_alone(job: Job, scores: Path | None = None, out: Path | None = None
         name = Path(job.model.name).name or Path(job.model.name).resolve().name # of "." that of the folder
         evaluation = evaluate(model, tokenizer, job, name, exclude)
         if out:
-            plugins = {"plugins": noted} if (noted := additions_noted()) else {}
             origin = {"model": model_configuration(ready, model, tokenizer), "evaluation": measured,
-                      "style": style_origin(ready.calibrate.style), "environment": environment(model.device)} | plugins
+                      "style": style_origin(ready.calibrate.style), "plugins": additions_noted(),
+                      "environment": environment(model.device)}
             with whole_folder(out) as part:
                 save_evaluation(evaluation, part, job.evaluate.backend)
                 write_checked(part/"origin.json", origin)

@@ -451,12 +451,15 @@ def test_a_model_that_something_changed_ends_the_run(place, monkeypatch):
     refuses("The dense model's weights changed while", run_job, job_in(place), place / "new")
 
 
-def test_a_cell_that_is_measured_anew_leaves_nothing_of_other_zeros(place, monkeypatch):
+@pytest.mark.parametrize("lost", [False, True], ids=["", "without its report"])
+def test_a_cell_that_is_measured_anew_leaves_nothing_of_other_zeros(place, monkeypatch, lost):
     """Where zeros differ each time, pieces and a kept model of the zeros before go."""
     cell, before = "cap-0.5", numbers(place / "run")
     shutil.rmtree(place / "run" / "evaluations" / cell)
-    for left in (place / "run" / "models" / cell, place / "run" / "unfinished" / cell / "loss-lab-arc"):
-        left.mkdir(parents=True)
+    (place / "run" / "models" / cell).mkdir(parents=True)
+    shutil.copytree(place / "run" / "evaluations" / "dense-0.0", place / "run" / "unfinished" / cell / "loss-gsm8k")  # of other zeros
+    if lost:
+        (place / "run" / "reports" / f"{cell}.json").unlink()
     monkeypatch.setattr(job_module, "repeatable", lambda method, device: False)
     run_job(job_in(place), place / "run")
     assert not (place / "run" / "models" / cell).exists() and numbers(place / "run") == before

@@ -633,10 +633,10 @@ def finish_cell(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pru
             pruned_anew(ready, folder, cell, pruner, dense, keep)
         bar.update(len(pieces))
     else:
-        if report_file(folder, cell).exists() and not repeatable(cell[0], ready.model.device):
+        made = piece_folder(folder, *cell, ""), folder/"models"/cell_name(*cell), report_file(folder, cell)
+        if any(map(Path.exists, made)) and not repeatable(cell[0], ready.model.device): # all of it is of other zeros
             log.info("%s is pruned and measured anew, since its zeros depend on derivatives", cell_name(*cell))
-            for made in (piece_folder(folder, *cell, ""), folder/"models"/cell_name(*cell)): remove(made)
-            report_file(folder, cell).unlink() # last: without it nothing says that the others are of other zeros
+            for old in made: remove(old)
         put_back(ready.model, dense)
         if cell[0] != "dense": bar.set_description(f"{cell[0]} {cell[1]:.0%}, pruning")
         empty = prune_noted(ready, folder, cell, pruner, keep)

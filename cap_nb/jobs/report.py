@@ -317,7 +317,7 @@ def remove_other_curves(folder: Path, pictures: dict[str, bytes]) -> None:
 def write_manifest(folder: Path, run: Run) -> None:
     "What tables and figures were made from; where a run at work has finished a cell meanwhile, all is made again."
     write_checked(folder/"manifest.json", manifest(folder))
-    if load_run(folder).evaluations != run.evaluations: write_results(folder, (folder/REPORT).exists())
+    if len(load_run(folder).evaluations) > len(run.evaluations): write_results(folder, (folder/REPORT).exists())
 
 def write_results(folder: str | Path, page: bool = False) -> None:
     "Tables, figures, page and manifest of what is finished; nothing finished raises `BadInput`."
