@@ -502,7 +502,7 @@ def write_packed(folder: Path) -> None:
     with whole_file(folder/PACKED) as part:
         with pq.ParquetWriter(
                 part, table.schema, use_dictionary=texts, dictionary_pagesize_limit=1 << 26, compression="zstd",
-                compression_level=19, store_schema=False) as writer:
+                compression_level=19, use_byte_stream_split=["loss"], store_schema=False) as writer:
             writer.write_table(table, row_group_size=max(1, len(table)))
             writer.add_key_value_metadata(words | {"checksum": SEAL + b"0" * 64})
         part.write_bytes(sealed_bytes(part.read_bytes()))
