@@ -22,7 +22,7 @@ import tempfile
 import time
 import traceback
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import fields
 from logging.handlers import MemoryHandler
@@ -391,19 +391,21 @@ def run_config(context: typer.Context, base: Job, path: Path, whole: dict[str, o
     runs = [str(folder/run["folder"]) for run in read_index(folder)["runs"]]
     return "\n".join([*runs, f"Numbers of all runs: {folder/'results.csv'}   compare some: cap compare RUN RUN"])
 
-def table_text(evaluations: Iterable[object], provenance: dict | None = None) -> str: # Markdown
+def table_text(evaluations: Collection[object], provenance: dict | None = None) -> str: # Markdown
+    "A table, and what its accuracies hide."
     from cap_nb.analysis import method_table
-    from cap_nb.jobs.tables import table_markdown
-    return table_markdown(method_table(evaluations), provenance)
+    from cap_nb.jobs.tables import answer_markdown, answer_table, table_markdown
+    answers = any(cell.answers for cell in evaluations)
+    return "\n".join([table_markdown(method_table(evaluations), provenance),
+                      *([answer_markdown(answer_table(evaluations))] if answers else [])])
 
 def run_text(folder: Path) -> str: # Lines
-    "A run's table, what its accuracies hide, and where its figures are."
+    "A run's tables, and where its figures are."
     from cap_nb.jobs.records import load_run
-    run, answers = load_run(folder), folder/"tables"/"answers.md"
+    run = load_run(folder)
     models = [str(path) for path in sorted(folder.glob("models/[!.]*"))]
     return "\n".join([
         table_text(run.evaluations, run.provenance),
-        *([answers.read_text(encoding="utf-8")] if answers.exists() else []),
         "Figures: " + ", ".join(str(path) for path in sorted((folder/"figures").glob("*.png"))),
         f"Tables: {folder/'tables'}   records: {folder/'evaluations'}",
         f"All of it on one page: {folder/'report.html'}",
