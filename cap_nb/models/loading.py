@@ -42,7 +42,7 @@ from cap_nb.core.hub import folder_from_hub, Repository, Wanted
 from cap_nb.core.registry import FolderLoader, LOADERS
 from cap_nb.models.anatomy import anatomy, PLAIN
 from cap_nb.models.families import EXPERT_SETTINGS, family_of
-from cap_nb.models.lab import check_checksums, lab_model, LABS, write_checksums
+from cap_nb.models.lab import check_checksums, lab_model, LABS, state_rotation, write_checksums
 
 # %% ../../nbs/models/08_loading.ipynb #c005
 log = logging.getLogger(__name__)
@@ -158,6 +158,7 @@ def save_model(
     with whole_folder(folder) as part:
         with patch.object(GenerationConfig, "validate", lambda *_, **__: None): # settings are kept, not judged
             model.save_pretrained(part, max_shard_size="4GB")
+        state_rotation(part)
         if tokenizer is not None: tokenizer.save_pretrained(part)
 
 # %% ../../nbs/models/08_loading.ipynb #7e0366b6
