@@ -238,8 +238,15 @@ def check_config_sizes(sizes: dict[str, object], folder: str | Path) -> None:
         raise BadInput(f"{folder}/config.json says that {name} is {size!r}: expected a whole number from 1 to "
                        f"{most:,}; fetch it again.")
 
+def check_no_adapter(folder: Path) -> None:
+    "Raise `BadInput` for a change on top of weights, which is loaded, or not, as some package is there."
+    if not (folder/"adapter_config.json").is_file(): return
+    raise BadInput(f"{folder} holds adapter_config.json, a change on top of other weights: expected all in one; merge "
+                   "it first, as with peft's merge_and_unload, and save what comes out.")
+
 def config_of(folder: str | Path) -> object:
     "The configuration in a folder; sizes that no model has, and a damaged note on pruning, raise `BadInput`."
+    check_no_adapter(Path(folder))
     settings = read_object(Path(folder)/"config.json")
     check_config_sizes(settings, folder) # before transformers divides by them
     note = settings.get("cap_nb")
@@ -254,13 +261,13 @@ def on_meta(config: object, source: str | Path) -> nn.Module:
     with opened_by_transformers(source), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
 
-def check_complete(folder: Path, config: object) -> None:
-    "Raise `BadInput` if the files hold fewer numbers than the configuration describes; nothing is loaded for that."
+def check_complete(folder: Path, config: object, held: int | None = None) -> None:
+    "Raise `BadInput` if a folder holds fewer numbers than its configuration describes; nothing is loaded for that."
     model = on_meta(config, folder)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and config.tie_word_embeddings and head.weight is not embedding.weight
     described = sum(weight.numel() for weight in model.parameters()) - (head.weight.numel() if tied else 0)
-    held = sum(math.prod(stored.shape) for stored in checkpoint_tensors(folder).values())
+    if held is None: held = sum(math.prod(stored.shape) for stored in checkpoint_tensors(folder).values())
     if held >= described: return
     raise BadInput(f"{folder} holds {held:,} numbers, and its config.json describes {described:,}: expected a whole "
                    "checkpoint; fetch it again.")
@@ -323,6 +330,7 @@ def folder_loader(folder: Path) -> FolderLoader | None:
 
 def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> tuple[nn.Module, object]:
     "Load through transformers, safetensors only, no remote code; no configuration or no weights raise `BadInput`."
+    check_no_adapter(folder)
     loader = folder_loader(folder)
     if not loader: shard_files(folder)
     with opened_by_transformers(folder):
@@ -331,7 +339,9 @@ def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | 
         check_not_quantised(config, str(folder))
         options = {"output_loading_info": True} | ({"device_map": "auto"} if device == "auto" else {})
         if loader:
-            kind, weights = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], loader.weights(folder)
+            held, read = loader.weights(folder)
+            check_complete(folder, config, held)
+            kind, weights = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], read()
             model = nothing_made_up(folder, kind.from_pretrained(
                 None, config=config, state_dict=weights, dtype=dtype or most_frequent_dtype(weights), **options))
             del weights # so that each goes when `in_memory` has copied it
@@ -417,9 +427,11 @@ def download_gguf(folder: Path) -> Path:
 
 def dequantised(gguf: Path) -> tuple[nn.Module, object]:
     "A plain model with the dequantised weights of a GGUF file."
-    loaded = nothing_made_up(gguf, AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True))
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    with tempfile.TemporaryDirectory() as alone: # what lies beside the file may be another model's
+        (Path(alone)/gguf.name).symlink_to(gguf.resolve())
+        loaded = nothing_made_up(gguf, AutoModelForCausalLM.from_pretrained(
+            alone, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True))
+        tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=gguf.name)
     settings = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path"): settings.pop(key, None)
     model = AutoModelForCausalLM.from_config(type(loaded.config)(**settings), dtype=torch.float32)
