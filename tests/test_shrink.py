@@ -77,7 +77,8 @@ def test_what_may_go_is_looked_up_without_weights(monkeypatch):
     monkeypatch.setattr(shrink_module, "cut_weights", lambda model, *stay: devices.append(model.device.type) or cut(model, *stay))
     check_shrinking(model, Shrinking(sparsity=0.2))
     assert devices == ["meta"]
-    shrink(model, *drawn_scores(model), 3)
+    model.loaded_from = ROOT
+    assert shrink(model, *drawn_scores(model), 3).loaded_from == ROOT, "where its licence lies"
     assert devices == ["meta", "meta", "cpu"], "and before anything is copied"
 
 

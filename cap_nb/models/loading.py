@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 from unittest.mock import patch
@@ -148,6 +150,13 @@ def model_fingerprint(
     return joined_fingerprint(digest.hexdigest(), model.config, generation)
 
 # %% ../../nbs/models/08_loading.ipynb #c023
+LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*") # What goes with weights wherever they go
+
+def legal_files(folder: Path | None) -> Iterator[Path]:
+    "Licences and notices in a folder, if there is one."
+    for pattern in LEGAL if folder else (): yield from (path for path in folder.glob(pattern) if path.is_file())
+
+# %% ../../nbs/models/08_loading.ipynb #a1274c06
 @validate_arguments
 def save_model(
     model: nn.Module, # The model
@@ -159,6 +168,7 @@ def save_model(
         with patch.object(GenerationConfig, "validate", lambda *_, **__: None): # settings are kept, not judged
             model.save_pretrained(part, max_shard_size="4GB")
         state_rotation(part)
+        for path in legal_files(getattr(model, "loaded_from", None)): shutil.copyfile(path, part/path.name)
         if tokenizer is not None: tokenizer.save_pretrained(part)
 
 # %% ../../nbs/models/08_loading.ipynb #7e0366b6
@@ -351,6 +361,7 @@ def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | 
             model = nothing_made_up(folder, AutoModelForCausalLM.from_pretrained(
                 str(folder), use_safetensors=True, trust_remote_code=False, dtype=dtype or stored_dtype(folder),
                 **options))
+        model.loaded_from = folder
         model.config.return_dict = True # the form of what a model returns, not its content
         tokenizer = load_tokenizer(str(folder))
         anatomy(model)
@@ -359,7 +370,7 @@ def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | 
 
 # %% ../../nbs/models/08_loading.ipynb #c050
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
-BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".sha256") # Small files beside the weights
+BESIDE = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "*.sha256", *LEGAL) # Small files
 INSTEAD = "give lab, smollm2, a folder or another hub id"
 
 def model_files(names: Sequence[str]) -> list[str]:
@@ -369,7 +380,8 @@ def model_files(names: Sequence[str]) -> list[str]:
     weights = [name for name in top if name.endswith(".safetensors")]
     if "model.safetensors" in top: weights = ["model.safetensors"]
     elif SHARD_INDEX in top: weights = [name for name in weights if name.startswith("model")]
-    beside = [name for name in top if name.endswith(BESIDE) and not name.endswith(".bin.index.json")]
+    beside = [name for name in top if any(fnmatchcase(name, pattern) for pattern in BESIDE)
+              and not name.endswith(".bin.index.json")]
     if not weights: raise BadInput("The repository holds no safetensors: expected weights in that format, not pickles; "
                                    f"{INSTEAD}.")
     return [*(name for name in beside if name not in weights), *weights]
@@ -382,7 +394,8 @@ def weights_complete(folder: Path) -> bool:
             file.is_file() for file in (loader.files if loader else shard_files)(folder))
     except BadInput: return False
 
-CHECKPOINT = Wanted(first="config.json", files=model_files, complete=weights_complete, instead=INSTEAD)
+CHECKPOINT = Wanted(first="config.json", files=model_files, complete=weights_complete, instead=INSTEAD,
+                    perhaps=("generation_config.json", "tokenizer_config.json", "chat_template.jinja"))
 
 def load_from_hub(name: str, dtype: torch.dtype | None, device: torch.device | str) -> tuple[nn.Module, object]:
     "Load from the hub, or from its cache; out of reach raises `BadInput`."

@@ -110,6 +110,7 @@ def made_of(model: nn.Module, config: object, weights: dict[str, torch.Tensor]) 
                "device_map": {"": model.device}} # straight from device to device, not by way of main memory
     with without_bars(): small = type(model).from_pretrained(None, config=config, state_dict=weights, **options)
     small.generation_config = copy.deepcopy(model.generation_config)
+    small.loaded_from = getattr(model, "loaded_from", None) # its licence goes with it
     return small.eval()
 
 # %% ../../nbs/portable/06_shrink.ipynb #c025
