@@ -283,7 +283,7 @@ def llama_files(folder, shard="1GB"):
     """The files of a tiny Llama as transformers saves it, with what else a repository holds."""
     save_llama(folder, shard, max_position_embeddings=2048, num_hidden_layers=2)
     beside = {"README.md": b"---\nlicense: apache-2.0\n---\nA tiny Llama.\n", "pytorch_model.bin": b"a pickle that nobody wants", "modeling.py": b"raise SystemExit('ran')\n",
-              ".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
+              "LICENSE": b"Keep this beside the weights.\n", ".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
     return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())} | beside
 
 

@@ -37,6 +37,7 @@ from cap_nb.jobs.chains import Answering, own_chains
 from cap_nb.jobs.settings import FineTuning, SpeedSettings
 from cap_nb.methods import resumed_scoring
 from cap_nb.methods.attributions import GateFit
+from cap_nb.core.plots import plot_threshold
 from cap_nb.methods.criteria import Inputs
 from cap_nb.methods.experts import expert_losses, routed_losses
 from cap_nb.methods.explainable_masks import MaskFit
@@ -283,6 +284,11 @@ def test_a_kind_of_work_gives_the_same_and_moves_little(kind, tmp_path):
 def test_a_training_finds_room_or_says_so():
     model = wide_model(DEVICE, None)
     refuses("Training every weight takes .* more on pretend:0, which has 0.0 GiB free", recover, model, EXAMPLES)
+
+
+def test_scores_that_lie_there_are_drawn():
+    scores, factors = torch.linspace(0.1, 1, 20), torch.arange(20.0) % 2 + 1
+    assert len(plot_threshold(scores.to(DEVICE), factors.to(DEVICE), 0.5).axes) == 2
 
 
 def test_a_head_may_lie_with_the_embeddings():

@@ -31,6 +31,7 @@ from cap_nb.models.anatomy import anatomy, expert_counts, projections
 from cap_nb.models.decoding import generate_greedy
 from cap_nb.models.checks import check_anatomy, check_tokens_independent
 from cap_nb.models.families import ATTENTION, FAMILIES, HOLDS, HYBRIDS, Family, add_family, under
+from cap_nb.models.lab import state_rotation
 from cap_nb.models.loading import model_fingerprint
 from cap_nb.methods.experts import UnitFactors
 from cap_nb.regions import region_factors
@@ -222,6 +223,7 @@ def test_a_model_has_one_fingerprint_in_memory_loaded_and_in_its_files(tmp_path,
     """Weights, stored buffers and settings; GPT-NeoX's files call the head otherwise."""
     model = tiny_model(name)
     model.save_pretrained(tmp_path, max_shard_size="4KB")
+    state_rotation(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert model_fingerprint(model) == model_fingerprint(loaded) == checkpoint_fingerprint(tmp_path)
 

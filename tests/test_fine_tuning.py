@@ -1,6 +1,7 @@
 """Masked fine-tuning from outside: other families, a training that breaks, peft, and the command."""
 import gc
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from cap_nb.methods.prune import prune
 from cap_nb.models.anatomy import projections
 from cap_nb.models.lab import STATE
 from cap_nb.models.loading import load_model, model_fingerprint
-from cap_nb.portable.fine_tuning import REPORT, FineTuning, HeldZeros, mask_adapters, recover
+from cap_nb.portable import fine_tuning
+from cap_nb.portable.fine_tuning import REPORT, FineTuning, HeldZeros, check_room_to_train, mask_adapters, recover
 
 FEW = FineTuning(steps=3, lr=1e-2, examples=4, weight_decay=0.1)
 
@@ -53,6 +55,33 @@ def test_every_family_keeps_its_zeros_and_what_it_was(kind, dtype, rank):
     assert torch.equal(frozen, next(iter(weights.values())))
     assert all(not torch.equal(after[p.parameter_name], weights[p.parameter_name]) for p in projections(model))
     assert report.before != report.after == model_fingerprint(model)
+
+
+def test_what_is_zero_once_it_is_cast_back_is_counted(monkeypatch):
+    """The least number of float16 is 6e-8, and one of float32 may be less."""
+    def trained(model, *_):
+        projections(model)[0].weight.data.mul_(1e-12)
+        return (1.0,)
+    model = tiny_llama().half()
+    prune(model, "magnitude", 0.5)
+    monkeypatch.setattr(fine_tuning, "train_on", trained)
+    report = recover(model, made_up_calibration(), FEW)
+    assert report.zeros == sum(int(zeros.sum()) for zeros in zeros_of(model).values()) > 0.5 * report.weights
+
+
+def test_the_room_that_a_training_takes(monkeypatch):
+    """A gradient and two moments of each weight, a mask within the scope, and float32 for what is not trained."""
+    model, device = tiny_llama().half(), SimpleNamespace(room=0)
+    frozen = model.get_input_embeddings().weight.requires_grad_(False).numel()
+    scope, weights = sum(p.weight.numel() for p in projections(model)), sum(p.numel() for p in model.parameters())
+    needed = (17 - 2) * scope + (16 - 2) * (weights - scope - frozen) + (4 - 2) * frozen
+    monkeypatch.setattr(fine_tuning, "module_of", lambda _: torch)
+    monkeypatch.setattr(fine_tuning, "memory_of", lambda _: (device.room, device.room))
+    device.room = needed
+    check_room_to_train(model.train(), None)
+    device.room -= 1
+    refuses("Training every weight takes", check_room_to_train, model, None)
+    check_room_to_train(model, 8)
 
 
 def test_a_broken_low_rank_training_leaves_the_model_as_it_was():

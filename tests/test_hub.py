@@ -98,12 +98,26 @@ def test_without_a_hub_the_cache_is_enough(finished, machine, hub, before, model
     assert outcome.out.split() == [COMMIT, "tiny/llama", "258", "16"] and outcome.waited < 1, outcome.err
 
 
+def test_what_another_program_left_out_is_fetched_once(machine, hub):
+    """Without them a model writes on and on, and a tokenizer does not know what ends a text."""
+    hub.add(Repo("tiny/partly", hub.repos["model", "tiny/llama"].files))
+    fetches = "; ".join(f"hf_hub_download('tiny/partly', {name!r}, revision={COMMIT!r})" for name in ("config.json", "model.safetensors", "tokenizer.json"))
+    asks = f"{loads(f'tiny/partly@{COMMIT}')} print(t.eos_token)"
+    first = machine.run(python=f"from huggingface_hub import hf_hub_download; {fetches}; {asks}")
+    assert first.out.split()[-1] == "</s>", first.err
+    fetched = {path.rpartition("/")[2] for _, path in hub.asked}
+    assert {"generation_config.json", "tokenizer_config.json", "chat_template.jinja"} <= fetched
+    hub.asked.clear()
+    assert machine.run(python=asks).out == first.out and hub.asked == []
+
+
 def test_what_is_pruned_names_the_repository(finished, machine, place):
     outcome = machine.run(f"prune --model tiny/llama@{COMMIT} --method magnitude --sparsity 0.5 --device cpu --out pruned")
     assert outcome.code == 0, outcome.err
     config = json.loads((place / "pruned" / "config.json").read_text())
     base = config["cap_nb"]["base"]
     assert (base["name"], base["commit"], base["license"]) == ("tiny/llama", COMMIT, "apache-2.0")
+    assert (place / "pruned" / "LICENSE").read_bytes() == b"Keep this beside the weights.\n"
     saved = "".join(path.read_text() for path in (place / "pruned").glob("*.json"))
     assert "snapshots" not in saved and str(place) not in saved, "a path of this machine is in what is shared"
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from hub import byte_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from cap_nb.core import files
@@ -47,15 +48,29 @@ def test_a_tensor_is_read_some_rows_at_a_time(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind, tied", [("llama", True), ("qwen2", False)])
 def test_load_model_reads_it(tmp_path, kind, tied):
     folder = saved(tmp_path / "src", kind, tie_word_embeddings=tied)
-    export_gguf(folder, tmp_path / "x.gguf")
-    (there, _), (back, tokenizer) = load_model(str(folder), "float32", "cpu"), load_model(str(tmp_path / "x.gguf"), device="cpu")
+    export_gguf(folder, file := tmp_path / "src" / "x.gguf")
+    (there, own), (back, tokenizer) = load_model(str(folder), "float32", "cpu"), load_model(str(file), device="cpu")
+    assert tokenizer.eos_token == own.eos_token is not None, "the file's own tokenizer, not what lies beside it"
     ids = tokenizer("1 +", return_tensors="pt").input_ids # not " 2", which transformers cuts as Qwen2 does in a Qwen2
     assert ids.tolist() == load_tokenizer(str(folder))("1 +", return_tensors="pt").input_ids.tolist()
     with torch.no_grad():
         assert torch.equal(there(ids).logits, back(ids).logits)
-    short, _ = load_model(str(tmp_path / "x.gguf"), "bfloat16", "cpu")
+    short, _ = load_model(str(file), "bfloat16", "cpu")
     assert {weight.dtype for weight in short.parameters()} == {torch.bfloat16}
     assert short.model.rotary_emb.inv_freq.dtype == torch.float32, "rotations are as exact as in a model that was saved"
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 ties whatever is stored")
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_head_of_its_own_is_written_though_the_configuration_ties_it(tmp_path, changed):
+    folder = saved(tmp_path / "src", shards="1GB", tie_word_embeddings=True)
+    tensors = load_file(file := folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * (-1 if changed else 1)
+    save_file(tensors, file, metadata={"format": "pt"})
+    export_gguf(folder, tmp_path / "x.gguf")
+    there, back = (load_model(str(path), "float32", "cpu")[0](torch.arange(9)[None]).logits for path in (folder, tmp_path / "x.gguf"))
+    assert torch.equal(there, back)
+    assert len(planned_tensors(folder, LlamaConfig.from_pretrained(folder), "f16")) == len(tensors) - (not changed)
 
 
 def test_rotations_that_transformers_does_not_read_are_refused(tmp_path):

@@ -83,7 +83,7 @@ def test_every_way_of_pruning_leaves_the_key(place, tmp_path):
 def test_a_card_says_that_the_run_did_not_measure_the_training(place):
     record, run = read_record(place / "half"), load_run(ROOT / "figures" / "lab")
     for more, said in (({}, False), ({"fine-tuning": {"steps": 1}}, True)):
-        assert ("This folder was trained afterwards; the run's model was not." in sharing.measured_section(record | more, "", run, "run")) == said
+        assert ("This folder was trained afterwards; the run's model was not." in sharing.measured_section(record | more, "", run, sharing.cell_for(record, run, "run"))) == said
 
 
 def test_packing_keeps_the_key_and_the_card(place, tmp_path):
@@ -236,6 +236,9 @@ def test_without_a_hub_it_is_one_sentence(place, monkeypatch):
     with pytest.raises(BadInput, match="owner/name could not be written") as error:
         publish(place / "half", "owner/name", api=huggingface_hub.HfApi(endpoint="http://127.0.0.1:9", token="hf_stands_in"))
     assert "\n" not in str(error.value) and "hf_stands_in" not in str(error.value)
+    hub = Mock(spec=huggingface_hub.HfApi)
+    hub.list_repo_files.return_value, hub.upload_folder.side_effect = [], RuntimeError("Error while uploading 'model.safetensors' to the Hub.")
+    refuses(r"owner/name could not be written \(RuntimeError: Error while uploading", publish, place / "half", "owner/name", api=hub)
 
 
 def test_a_card_is_replaced_by_force(place, tmp_path):

@@ -1,7 +1,6 @@
 """Shrinking, family by family: what may go, that the smaller model is the larger one with something masked, and that
 its folder loads again."""
 import re
-from contextlib import ExitStack
 
 import pytest
 import torch
@@ -10,12 +9,11 @@ from fixtures import refuses, tiny_llama
 from proofs import TINY_MODELS, tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from cap_nb.methods.neurons import masked_neurons
 from cap_nb.jobs.settings import Shrinking
-from cap_nb.models.anatomy import anatomy, key_value_head_of
+from cap_nb.models.anatomy import anatomy
 from cap_nb.models.families import FAMILIES
-from cap_nb.portable.shrink import check_shrinking, group_scores, highest, shrink, widths_of
-from cap_nb.scoring import masked_head
+from cap_nb.portable import shrink as shrink_module
+from cap_nb.portable.shrink import check_shrinking, group_scores, highest, logits_masked, shrink, widths_of
 from conftest import ROOT
 
 MIXTURES = {kind for kind, family in FAMILIES.items() if family.experts}
@@ -32,22 +30,12 @@ def drawn_scores(model):
     return (torch.rand(a.layers, units, generator=rng) for units in (widths_of(model)[0], a.heads))
 
 
-def masked_logits(model, neurons, groups, ids):
-    a, (wide, _) = anatomy(model), widths_of(model)
-    with torch.no_grad(), ExitStack() as stack:
-        for layer in range(a.layers):
-            stack.enter_context(masked_neurons(model, layer, sorted(set(range(wide)) - set(neurons[layer].tolist()))))
-            for head in (h for h in range(a.heads) if key_value_head_of(a)[h] not in groups[layer]):
-                stack.enter_context(masked_head(model, layer, head))
-        return model(ids).logits
-
-
 def assert_masking(model, kept, groups_kept, folder):
     """The smaller model, and the one that plain transformers loads from its folder, give the logits of masking."""
     of_neurons, of_heads = drawn_scores(model)
     ids = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
     groups = highest(group_scores(of_heads, widths_of(model)[1]), groups_kept)
-    wanted = masked_logits(model, highest(of_neurons, kept), groups, ids)
+    wanted = logits_masked(model, highest(of_neurons, kept), groups, ids)
     small = shrink(model, of_neurons, of_heads, kept, groups_kept)
     small.save_pretrained(folder)
     for each in (small, AutoModelForCausalLM.from_pretrained(folder).eval()):
@@ -81,6 +69,17 @@ def test_key_value_heads_go(name, tmp_path):
             refuses("key-value heads", check_shrinking, model, Shrinking(sparsity=0.5, groups=1))
     else:
         assert_masking(model, neurons, 1, tmp_path / "small")
+
+
+def test_what_may_go_is_looked_up_without_weights(monkeypatch):
+    """Of eight billion a copy, to compare shapes, would take as much again."""
+    model, cut, devices = tiny_llama(), shrink_module.cut_weights, []
+    monkeypatch.setattr(shrink_module, "cut_weights", lambda model, *stay: devices.append(model.device.type) or cut(model, *stay))
+    check_shrinking(model, Shrinking(sparsity=0.2))
+    assert devices == ["meta"]
+    model.loaded_from = ROOT
+    assert shrink(model, *drawn_scores(model), 3).loaded_from == ROOT, "where its licence lies"
+    assert devices == ["meta", "meta", "cpu"], "and before anything is copied"
 
 
 def test_the_page_names_these_families():

@@ -31,7 +31,7 @@ def checked(path: Path) -> Path:
 
 # %% ../../nbs/core/06_hub.ipynb #c014
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from huggingface_hub import (
     HfApi, constants, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache)
@@ -117,6 +117,7 @@ class Wanted:
     files: Callable[[Sequence[str]], Sequence[str]] # Names of all files -> names of those that are wanted
     complete: Callable[[Path], bool] # Whether a folder of the cache holds all of them
     instead: str # What the user could do without the hub, as in "give a folder"
+    perhaps: Sequence[str] = () # Files that it may lack, if the cache knows that
 
 log = logging.getLogger(__name__)
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -136,17 +137,20 @@ def downloaded(repository: Repository, wanted: Wanted) -> Path:
         raise BadInput(f"{constants.ENDPOINT} names no commit: expected a hub; check HF_ENDPOINT and your proxy.")
     about = HfApi().repo_info(name, revision=commit, repo_type=kind, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
     hf_hub_download(name, wanted.first, revision=revision, repo_type=kind) # under the name that was asked for
-    for file in wanted.files([sibling.rfilename for sibling in about.siblings]):
-        hf_hub_download(name, file, revision=commit, repo_type=kind)
+    names = [sibling.rfilename for sibling in about.siblings]
+    for file in wanted.files(names): hf_hub_download(name, file, revision=commit, repo_type=kind)
+    for file in {*wanted.perhaps}.difference(names): # the cache notes that it is not there
+        with suppress(errors.EntryNotFoundError): hf_hub_download(name, file, revision=commit, repo_type=kind)
     return Path(hf_hub_download(name, wanted.first, revision=commit, repo_type=kind)).parent
 
 def folder_from_hub(repository: Repository, wanted: Wanted) -> Path:
     "The files of a repository, from the cache if they are there; out of reach or damaged raises `BadInput`."
     with asking_the_hub(repository, wanted.instead):
-        first = try_to_load_from_cache(
-            repository.name, wanted.first, revision=repository.revision, repo_type=repository.kind)
+        first, *others = (try_to_load_from_cache(
+            repository.name, file, revision=repository.revision, repo_type=repository.kind)
+            for file in (wanted.first, *wanted.perhaps)) # None of what nobody asked for yet
         here = Path(first).parent if isinstance(first, str) and wanted.complete(Path(first).parent) else None
-        if here is None or not COMMIT.fullmatch(repository.revision or ""):
+        if here is None or None in others or not COMMIT.fullmatch(repository.revision or ""):
             try: here = downloaded(repository, wanted)
             except Exception as error:
                 if here is None or not unreachable(error): raise

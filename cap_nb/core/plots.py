@@ -209,7 +209,7 @@ def plot_threshold(
     names: Sequence[str] | None = None, # Names of the groups, in the order of their numbers; None means their factors
 ) -> Figure: # A row for each group
     "The distribution of scores in each group, and the share removed (section 3.3); other shapes raise `BadInput`."
-    taus = np.atleast_1d(tau).tolist()
+    taus, scores, factors = np.atleast_1d(tau).tolist(), scores.detach().cpu(), factors.detach().cpu()
     finite = scores.isfinite().all() and np.isfinite(taus).all()
     if scores.shape != factors.shape or not scores.numel() or not finite:
         raise BadInput(f"The scores have shape {list(scores.shape)} and the factors {list(factors.shape)}, or some "

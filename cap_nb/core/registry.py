@@ -33,7 +33,7 @@ class Registry(MutableMapping[str, T]):
 @dataclass(frozen=True)
 class FolderLoader:
     "How a folder is opened that holds weights in another form than transformers'."
-    weights: Callable[[Path], dict[str, Any]] # Folder -> name in the checkpoint -> weight
+    weights: Callable[[Path], tuple[int, Callable[[], dict[str, Any]]]] # Folder -> how many numbers, what reads them
     files: Callable[[Path], list[Path]] # Folder -> the files that it needs
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ from cap_nb.models.anatomy import anatomy, checkpoint_names, Projection, project
 from cap_nb.models.checks import warn_of_zeros
 from cap_nb.models.families import family_of
 from cap_nb.models.loading import (
-    check_not_quantised, config_of, fingerprint_differences, generation_of, joined_fingerprint, model_fingerprint,
-    on_meta, STORED_DTYPES, stored_tensors)
+    check_not_quantised, config_of, fingerprint_differences, generation_of, joined_fingerprint, LEGAL,
+    model_fingerprint, on_meta, STORED_DTYPES, stored_tensors)
 from cap_nb.regions import Factors, region_factors
 from cap_nb.threshold import PruneReport, report_of, zero_count
 
@@ -349,7 +349,7 @@ def copy_around(source: Path, target: Path, left_out: Sequence[StoredTensor]) ->
 # %% ../../nbs/methods/25_streaming.ipynb #c070
 COME_ALONG = ("config.json", "generation_config.json", SHARD_INDEX, "tokenizer*", "special_tokens_map.json",
               "added_tokens.json", "vocab*", "merges.txt", "*.model", "tekken.json", "chat_template*",
-              "additional_chat_templates/*", "LICENSE*", "NOTICE*", "USE_POLICY*")
+              "additional_chat_templates/*", *LEGAL)
 
 def lay_out(checkpoint: Checkpoint, folder: Path) -> None:
     "Everything of the new checkpoint except the weights in scope; too little room raises `BadInput`."

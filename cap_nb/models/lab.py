@@ -392,6 +392,21 @@ def check_checksums(folder: Path, advice: str = "install the package again") -> 
                            f"{expected[:16]}...; {advice}.")
 
 # %% ../../nbs/models/06_lab.ipynb #b011a6c0
+def state_rotation(folder: Path) -> None:
+    "Say how positions are rotated where transformers 4 looks for it too; it has defaults and would not notice."
+    config = read_json(folder / "config.json")
+    rope = config.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope) # of layers of several kinds
+    if "rope_theta" not in rope: return
+    names = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
+    if config["model_type"] == "gpt_neox": names = dict(zip(names, ("rotary_emb_base", "rotary_pct")))
+    stated, kind = {name: rope[key] for key, name in names.items() if key in rope}, rope.get("rope_type", "default")
+    if config["model_type"] == "phi3" and rope.get("partial_rotary_factor") == 1: # the default; 5 keeps a stated one
+        del stated["partial_rotary_factor"]
+    kept = ("type", "short_factor", "long_factor") if kind == "longrope" and "type" in rope else rope.keys() - names
+    scaling = None if kind == "default" else {name: rope[name] for name in sorted(kept)}
+    write_json(folder / "config.json", config | stated | {"rope_scaling": scaling})
+
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     "tokenizer.json and tokenizer_config.json, chat template included."
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
@@ -403,9 +418,7 @@ def save_checkpoint(folder: Path, model: nn.Module, tokenizer: PreTrainedTokeniz
         do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
     with whole_folder(folder) as part:
         model.save_pretrained(part)
-        config = read_json(part / "config.json")
-        # transformers 4 reads the base of the rotary angles under another name, and has another default
-        write_json(part / "config.json", config | {"rope_theta": config.get("rope_parameters", config)["rope_theta"]})
+        state_rotation(part)
         save_tokenizer(part, tokenizer)
         write_json(part / "training.json", log)
         write_checksums(part)

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 from unittest.mock import patch
@@ -42,7 +44,7 @@ from cap_nb.core.hub import folder_from_hub, Repository, Wanted
 from cap_nb.core.registry import FolderLoader, LOADERS
 from cap_nb.models.anatomy import anatomy, PLAIN
 from cap_nb.models.families import EXPERT_SETTINGS, family_of
-from cap_nb.models.lab import check_checksums, lab_model, LABS, write_checksums
+from cap_nb.models.lab import check_checksums, lab_model, LABS, state_rotation, write_checksums
 
 # %% ../../nbs/models/08_loading.ipynb #c005
 log = logging.getLogger(__name__)
@@ -148,6 +150,13 @@ def model_fingerprint(
     return joined_fingerprint(digest.hexdigest(), model.config, generation)
 
 # %% ../../nbs/models/08_loading.ipynb #c023
+LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*") # What goes with weights wherever they go
+
+def legal_files(folder: Path | None) -> Iterator[Path]:
+    "Licences and notices in a folder, if there is one."
+    for pattern in LEGAL if folder else (): yield from (path for path in folder.glob(pattern) if path.is_file())
+
+# %% ../../nbs/models/08_loading.ipynb #a1274c06
 @validate_arguments
 def save_model(
     model: nn.Module, # The model
@@ -158,6 +167,8 @@ def save_model(
     with whole_folder(folder) as part:
         with patch.object(GenerationConfig, "validate", lambda *_, **__: None): # settings are kept, not judged
             model.save_pretrained(part, max_shard_size="4GB")
+        state_rotation(part)
+        for path in legal_files(getattr(model, "loaded_from", None)): shutil.copyfile(path, part/path.name)
         if tokenizer is not None: tokenizer.save_pretrained(part)
 
 # %% ../../nbs/models/08_loading.ipynb #7e0366b6
@@ -237,8 +248,15 @@ def check_config_sizes(sizes: dict[str, object], folder: str | Path) -> None:
         raise BadInput(f"{folder}/config.json says that {name} is {size!r}: expected a whole number from 1 to "
                        f"{most:,}; fetch it again.")
 
+def check_no_adapter(folder: Path) -> None:
+    "Raise `BadInput` for a change on top of weights, which is loaded, or not, as some package is there."
+    if not (folder/"adapter_config.json").is_file(): return
+    raise BadInput(f"{folder} holds adapter_config.json, a change on top of other weights: expected all in one; merge "
+                   "it first, as with peft's merge_and_unload, and save what comes out.")
+
 def config_of(folder: str | Path) -> object:
     "The configuration in a folder; sizes that no model has, and a damaged note on pruning, raise `BadInput`."
+    check_no_adapter(Path(folder))
     settings = read_object(Path(folder)/"config.json")
     check_config_sizes(settings, folder) # before transformers divides by them
     note = settings.get("cap_nb")
@@ -253,13 +271,13 @@ def on_meta(config: object, source: str | Path) -> nn.Module:
     with opened_by_transformers(source), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
 
-def check_complete(folder: Path, config: object) -> None:
-    "Raise `BadInput` if the files hold fewer numbers than the configuration describes; nothing is loaded for that."
+def check_complete(folder: Path, config: object, held: int | None = None) -> None:
+    "Raise `BadInput` if a folder holds fewer numbers than its configuration describes; nothing is loaded for that."
     model = on_meta(config, folder)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and config.tie_word_embeddings and head.weight is not embedding.weight
     described = sum(weight.numel() for weight in model.parameters()) - (head.weight.numel() if tied else 0)
-    held = sum(math.prod(stored.shape) for stored in checkpoint_tensors(folder).values())
+    if held is None: held = sum(math.prod(stored.shape) for stored in checkpoint_tensors(folder).values())
     if held >= described: return
     raise BadInput(f"{folder} holds {held:,} numbers, and its config.json describes {described:,}: expected a whole "
                    "checkpoint; fetch it again.")
@@ -322,6 +340,7 @@ def folder_loader(folder: Path) -> FolderLoader | None:
 
 def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> tuple[nn.Module, object]:
     "Load through transformers, safetensors only, no remote code; no configuration or no weights raise `BadInput`."
+    check_no_adapter(folder)
     loader = folder_loader(folder)
     if not loader: shard_files(folder)
     with opened_by_transformers(folder):
@@ -330,7 +349,9 @@ def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | 
         check_not_quantised(config, str(folder))
         options = {"output_loading_info": True} | ({"device_map": "auto"} if device == "auto" else {})
         if loader:
-            kind, weights = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], loader.weights(folder)
+            held, read = loader.weights(folder)
+            check_complete(folder, config, held)
+            kind, weights = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], read()
             model = nothing_made_up(folder, kind.from_pretrained(
                 None, config=config, state_dict=weights, dtype=dtype or most_frequent_dtype(weights), **options))
             del weights # so that each goes when `in_memory` has copied it
@@ -340,6 +361,7 @@ def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | 
             model = nothing_made_up(folder, AutoModelForCausalLM.from_pretrained(
                 str(folder), use_safetensors=True, trust_remote_code=False, dtype=dtype or stored_dtype(folder),
                 **options))
+        model.loaded_from = folder
         model.config.return_dict = True # the form of what a model returns, not its content
         tokenizer = load_tokenizer(str(folder))
         anatomy(model)
@@ -348,7 +370,7 @@ def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | 
 
 # %% ../../nbs/models/08_loading.ipynb #c050
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
-BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".sha256") # Small files beside the weights
+BESIDE = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "*.sha256", *LEGAL) # Small files
 INSTEAD = "give lab, smollm2, a folder or another hub id"
 
 def model_files(names: Sequence[str]) -> list[str]:
@@ -358,7 +380,8 @@ def model_files(names: Sequence[str]) -> list[str]:
     weights = [name for name in top if name.endswith(".safetensors")]
     if "model.safetensors" in top: weights = ["model.safetensors"]
     elif SHARD_INDEX in top: weights = [name for name in weights if name.startswith("model")]
-    beside = [name for name in top if name.endswith(BESIDE) and not name.endswith(".bin.index.json")]
+    beside = [name for name in top if any(fnmatchcase(name, pattern) for pattern in BESIDE)
+              and not name.endswith(".bin.index.json")]
     if not weights: raise BadInput("The repository holds no safetensors: expected weights in that format, not pickles; "
                                    f"{INSTEAD}.")
     return [*(name for name in beside if name not in weights), *weights]
@@ -371,7 +394,8 @@ def weights_complete(folder: Path) -> bool:
             file.is_file() for file in (loader.files if loader else shard_files)(folder))
     except BadInput: return False
 
-CHECKPOINT = Wanted(first="config.json", files=model_files, complete=weights_complete, instead=INSTEAD)
+CHECKPOINT = Wanted(first="config.json", files=model_files, complete=weights_complete, instead=INSTEAD,
+                    perhaps=("generation_config.json", "tokenizer_config.json", "chat_template.jinja"))
 
 def load_from_hub(name: str, dtype: torch.dtype | None, device: torch.device | str) -> tuple[nn.Module, object]:
     "Load from the hub, or from its cache; out of reach raises `BadInput`."
@@ -416,9 +440,11 @@ def download_gguf(folder: Path) -> Path:
 
 def dequantised(gguf: Path) -> tuple[nn.Module, object]:
     "A plain model with the dequantised weights of a GGUF file."
-    loaded = nothing_made_up(gguf, AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True))
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    with tempfile.TemporaryDirectory() as alone: # what lies beside the file may be another model's
+        (Path(alone)/gguf.name).symlink_to(gguf.resolve())
+        loaded = nothing_made_up(gguf, AutoModelForCausalLM.from_pretrained(
+            alone, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True))
+        tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=gguf.name)
     settings = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path"): settings.pop(key, None)
     model = AutoModelForCausalLM.from_config(type(loaded.config)(**settings), dtype=torch.float32)

@@ -215,8 +215,10 @@ def train_on(model: nn.Module, examples: Sequence[Example], settings: FineTuning
 def check_room_to_train(model: nn.Module, rank: int | None) -> None:
     "Raise `BadInput` where a GPU has no room for float32 weights, gradients and AdamW's moments of every weight."
     more = Counter()
+    with inference(model): masked = {p.parameter for p in projections(model)}
     for weight in model.parameters() if rank is None else ():
-        more[weight.device] += weight.numel() * (16 - weight.element_size())
+        bytes_each = (16 if weight.requires_grad else 4) + (weight in masked)
+        more[weight.device] += weight.numel() * (bytes_each - weight.element_size())
     for device, needed in more.items():
         if module_of(device) is None or needed <= (free := memory_of(device)[0]): continue
         raise BadInput(f"Training every weight takes {needed / 2**30:.1f} GiB more on {device}, which has "
@@ -231,7 +233,7 @@ class Recovery:
     before: str # Fingerprint of the model as it came
     after: str # Fingerprint of the model as it is
     calibration: str # Fingerprint of the examples
-    zeros: int # Zeros that were held
+    zeros: int # Zeros at the end: those that were held, and what became zero when it was cast back
     weights: int # Weights in scope
     losses: tuple[float, ...] # Mean loss of the examples of each step, before the step, in nats
     teacher: str | None = None # Fingerprint of the model whose predictions were the targets; None: the examples' tokens
@@ -251,9 +253,8 @@ def recover(
     check_at_least(save_every, 1, "save_every")
     check_all_here(model)
     check_room_to_train(model, settings.rank)
-    held, before, folder = held_parameters(model), model_fingerprint(model), folder and Path(folder)
-    zeros, weights = sum(int(each.zeros.sum()) for each in held), sum(each.zeros.numel() for each in held)
-    del held # the training holds its own
+    held_parameters(model) # refused without a zero; the training holds its own
+    before, folder = model_fingerprint(model), folder and Path(folder)
     taught = teacher and model_fingerprint(teacher)
     if taught == before:
         raise BadInput("The teacher is the model itself: expected another, as a rule the model before it was pruned; "
@@ -270,6 +271,8 @@ def recover(
         model.eval()
         stack.enter_context(trained)
         losses = train_on(model, calibration.examples, settings, about, folder, save_every, teacher)
+    masks = [each.zeros for each in held_parameters(model)] # of the dtype that is saved, in which more may be zero
+    zeros, weights = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
     return Recovery(
         settings=settings, before=before, after=model_fingerprint(model), calibration=calibration.fingerprint,
         zeros=zeros, weights=weights, losses=losses, teacher=taught)

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -325,14 +325,18 @@ class Base:
     sha256: str = "" # Hash of its tensors
     tensors: dict[str, StoredTensor] = field(default_factory=dict) # Name -> where it lies
 
+def check_no_base(form: str, base: str | Path | None) -> None:
+    "Raise `BadInput` if a base was named for a form that holds its weights itself."
+    if base is None: return
+    raise BadInput(f"A {form} was asked for with a base: expected none, since it holds its weights itself; leave "
+                   "--base out, or ask for a delta.")
+
 def open_base(form: str, name: str | Path | None) -> Base: # The base; none for a bitmask
     "Read where a base's tensors lie, and hash them; one too few or too many raises `BadInput`."
     check_choice(form, KINDS, "format")
     if form == "delta" and name is None:
         raise BadInput("A delta was asked for without a base: expected the model that was pruned; give --base.")
-    if form == "bitmask" and name is not None:
-        raise BadInput("A bitmask was asked for with a base: expected none, since it holds its weights itself; leave "
-                       "--base out, or ask for a delta.")
+    if form == "bitmask": check_no_base(form, name)
     if name is None: return Base()
     ours = dict(LABS)
     if str(name) == "smollm2": ours["smollm2"] = model_cache()/"smollm2" # a user may have no home
@@ -450,15 +454,16 @@ def restored_tensor(shard: PackedShard, name: str) -> torch.Tensor: # The tensor
     numbers = np.frombuffer(bytearray().join(restored_pieces(shard, name, {})), np.uint8)
     return torch.from_numpy(numbers).view(LOADED[stored.kind]).reshape(stored.shape)
 
-def packed_weights(folder: Path) -> dict[str, torch.Tensor]: # Name -> weights
-    "The weights of a bitmask folder, every file of it checked; a delta raises `BadInput`."
+def packed_weights(folder: Path) -> tuple[int, Callable[[], dict[str, torch.Tensor]]]: # Name -> weights
+    "The count of a bitmask folder's numbers and what reads them, every file checked; a delta raises `BadInput`."
     manifest = read_manifest(folder)
     if manifest.kind == "delta":
         raise BadInput(f"{folder} holds masks only: expected a folder with weights; put it together with 'cap restore "
                        f"{folder} --base MODEL --out DIR', where MODEL is {manifest.base['name']}, and load that.")
     for entry in manifest.files: check_whole(folder, entry)
     shards = [open_shard(folder/entry.stored) for entry in manifest.files if entry.stored != entry.name]
-    return {name: restored_tensor(shard, name) for shard in shards for name in shard.tensors}
+    numbers = sum(math.prod(tensor.shape) for shard in shards for tensor in shard.tensors.values())
+    return numbers, lambda: {name: restored_tensor(shard, name) for shard in shards for name in shard.tensors}
 
 # %% ../../nbs/portable/00_format.ipynb #aed50cb9
 LOADERS["packed.json"] = FolderLoader( # How `load_model` opens a packed folder

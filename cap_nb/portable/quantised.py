@@ -22,6 +22,7 @@ from ..core.registry import ExportFormat, FORMATS
 from ..models.anatomy import dimensions
 from ..models.loading import (
     check_complete, check_gguf_installed, check_not_quantised, config_of, load_tokenizer, STORED_DTYPES)
+from .format import check_no_base
 
 # %% ../../nbs/portable/03_quantised.ipynb #c005
 def rounded_to_nearest(weight: torch.Tensor, bits: int, group: int = 32) -> torch.Tensor:
@@ -176,13 +177,21 @@ def rows_of(planned: Planned) -> Iterator[np.ndarray]: # float32 [some rows, in]
         yield piece.float().numpy().reshape(-1, stored.shape[-1])
 
 # %% ../../nbs/portable/03_quantised.ipynb #c050
+def are_same(one: StoredTensor, other: StoredTensor) -> bool:
+    "Whether two tensors hold the same bytes; transformers ties two that it is told to only if they do."
+    same = (one.kind, one.shape) == (other.kind, other.shape)
+    return same and all(a == b for a, b in zip(pieces_of(one), pieces_of(other)))
+
 def planned_tensors(folder: Path, config: object, dtype: str) -> list[Planned]: # Every tensor of the file, in order
     "What becomes of each tensor; one that has no name in GGUF, or no dtype of floating point, raises `BadInput`."
     import gguf
     architecture = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[config.model_type]
     names, plan = gguf.get_tensor_name_map(architecture, config.num_hidden_layers), []
-    for name, stored in checkpoint_tensors(folder).items():
-        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings): continue
+    tensors = checkpoint_tensors(folder)
+    head, embedding = (tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    tied = config.tie_word_embeddings and None not in (head, embedding) and are_same(head, embedding)
+    for name, stored in tensors.items():
+        if name.endswith("rotary_emb.inv_freq") or stored is head and tied: continue
         known = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if known is None or stored.kind not in STORED_DTYPES:
             raise BadInput(f"Tensor {name} of {folder} is {stored.kind} {list(stored.shape)}: expected one of a "
@@ -320,8 +329,7 @@ def gguf_sentence(report: GGUFReport) -> str: # A sentence or two
 
 def export_sentence(folder: Path, out: Path, base: str | Path | None) -> str:
     "Write a folder as GGUF in 16 bits, and say what became of its zeros."
-    if base is None: return gguf_sentence(export_gguf(folder, out))
-    raise BadInput("A GGUF file was asked for with a base: expected none, since it holds its weights itself; leave "
-                   "--base out, or ask for a delta.")
+    check_no_base("GGUF file", base)
+    return gguf_sentence(export_gguf(folder, out))
 
 FORMATS["gguf"] = ExportFormat(summary="one file for llama.cpp, in 16 bits", export=export_sentence)

@@ -257,10 +257,10 @@ back, byte for byte."""
 CHANGED = "**The weights were changed after the pruning: it left {:,} zeros, and now there are {:,}.**"
 
 # %% ../../nbs/portable/04_sharing.ipynb #82a28edc
-def measured_section(record: dict, mask: str, run: Run, name: str) -> str:
+def measured_section(record: dict, mask: str, run: Run, cell: Sequence[Evaluation]) -> str:
     "The table of a run, with its intervals, and whether its zeros are the folder's."
     model = run.configuration["model"] | {"name": record["base"]["name"]} # not where it lay
-    table = table_markdown(method_table(cell_for(record, run, name)), run.provenance | {"model": model})
+    table = table_markdown(method_table(cell), run.provenance | {"model": model})
     same = "exactly the zeros of this folder (the weights that stay were not compared)"
     other = "the same sparsity by the same method, but not to exactly these zeros: another calibration set or machine"
     masks = [theirs for report, theirs in run.reports if is_of(record, report.method, report.asked)]
@@ -287,11 +287,11 @@ def model_card(
         raise BadInput(f"{folder} is packed: expected the folder of a checkpoint; restore it first, or write the card "
                        "before 'cap export', which takes it along.")
     measured = load_run(run) if run else None
-    if measured: cell_for(record, measured, str(run)) # refused before the weights are read
+    cell = cell_for(record, measured, str(run)) if measured else () # refused before the weights are read
     report, mask = zeros_of_folder(folder, record["method"], record["asked"])
     parts = [f"{front_matter(record['base'])}\n{title_of(record, report)}",
              summary_lines(folder, record, report).rstrip()]
-    if measured: parts.append(measured_section(record, mask, measured, str(run)))
+    if measured: parts.append(measured_section(record, mask, measured, cell))
     parts.append(f"## Sparsity by layer\n\nPer cent, counted in the weights.\n\n{layer_table(report).rstrip()}")
     parts.append(LOADING.format(name=folder.resolve().name))
     if "removed" not in record: parts.append(ZEROS)
@@ -401,7 +401,7 @@ def publish(
         check_not_in_the_way(api.list_repo_files(repository), upload)
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=upload.message,
                                    allow_patterns=names)
-    except (OSError, HTTPError) as error:
+    except (OSError, RuntimeError, HTTPError) as error: # the second from large files
         reason = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".:")
         raise BadInput(f"{repository} could not be written ({type(error).__name__}: {reason}): expected the hub within "
                        "reach and a token that may write there; check the network and 'hf auth whoami'.") from error

@@ -7,6 +7,7 @@ __all__ = ['shrink']
 
 # %% ../../nbs/portable/06_shrink.ipynb #c004
 import copy
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 import torch
 from torch import nn
@@ -17,12 +18,12 @@ from ..jobs.settings import Shrinking
 from ..methods.attributions import gradient_activation
 from ..methods.criteria import dense_norms
 from ..methods.layer_walk import layer_by_layer
-from ..methods.neurons import neuron_estimates
+from ..methods.neurons import masked_neurons, neuron_estimates
 from ..methods.sparsegpt import check_finite, damped_hessian, input_hessians
 from ..models.anatomy import Part, Projection, anatomy, dimensions, key_value_head_of, projections
 from ..models.checks import zeros_of
 from ..models.loading import without_bars
-from ..scoring import batches_of, target_losses
+from ..scoring import batches_of, masked_head, target_losses
 
 # %% ../../nbs/portable/06_shrink.ipynb #c005
 def highest(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -87,14 +88,15 @@ def smaller_config(model: nn.Module, neurons: int, groups: int) -> object: # Con
                        "its configuration takes; keep another number, or all.") from error
 
 # %% ../../nbs/portable/06_shrink.ipynb #c020
-def check_plain(model: nn.Module, config: object, weights: dict[str, torch.Tensor]) -> None:
-    "Raise `BadInput` unless the plain class with that configuration has exactly these weights."
+def check_plain(model: nn.Module, config: object, neurons: torch.Tensor, groups: torch.Tensor) -> None:
+    "Raise `BadInput` unless the plain class with that configuration has exactly the weights of what stays."
     try:
-        with torch.device("meta"): plain = type(model)(config)
+        with torch.device("meta"): uncut, plain = type(model)(model.config), type(model)(config)
     except Exception as error: # each class checks in its own way
         said = " ".join(str(error).split())[-150:]
         raise BadInput(f"A plain {config.model_type} cannot have these widths ({said}): expected a number of key-value "
                        "heads that its class takes; keep another number, or all.") from error
+    weights = cut_weights(uncut.eval(), neurons, groups)
     for name, weight in plain.named_parameters():
         if weight.shape == weights[name].shape: continue
         raise BadInput(f"{name} of a {config.model_type} would be {list(weights[name].shape)} and its class makes it "
@@ -108,6 +110,7 @@ def made_of(model: nn.Module, config: object, weights: dict[str, torch.Tensor]) 
                "device_map": {"": model.device}} # straight from device to device, not by way of main memory
     with without_bars(): small = type(model).from_pretrained(None, config=config, state_dict=weights, **options)
     small.generation_config = copy.deepcopy(model.generation_config)
+    small.loaded_from = getattr(model, "loaded_from", None) # its licence goes with it
     return small.eval()
 
 # %% ../../nbs/portable/06_shrink.ipynb #c025
@@ -144,9 +147,20 @@ def shrink(
     "Cut whole neurons and key-value heads out of a model; what its class cannot state raises `BadInput`."
     neurons, groups = staying(model, neuron_scores, head_scores, neurons_kept, groups_kept)
     config = smaller_config(model, neurons.shape[1], groups.shape[1])
-    weights = cut_weights(model, neurons, groups)
-    check_plain(model, config, weights)
-    return made_of(model, config, weights)
+    check_plain(model, config, neurons, groups)
+    return made_of(model, config, cut_weights(model, neurons, groups))
+
+# %% ../../nbs/portable/06_shrink.ipynb #c030
+@torch.no_grad()
+def logits_masked(model: nn.Module, neurons: torch.Tensor, groups: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    "The logits of a model with only these neurons and key-value heads of every layer."
+    a, every = anatomy(model), range(widths_of(model)[0])
+    with ExitStack() as stack:
+        for layer in range(a.layers):
+            stack.enter_context(masked_neurons(model, layer, sorted({*every} - {*neurons[layer].tolist()})))
+            for head in (h for h in range(a.heads) if key_value_head_of(a)[h] not in groups[layer]):
+                stack.enter_context(masked_head(model, layer, head))
+        return model(ids).logits
 
 # %% ../../nbs/portable/06_shrink.ipynb #c036
 def contributions(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096) -> torch.Tensor:
@@ -233,7 +247,7 @@ def check_shrinking(model: nn.Module, how: Shrinking) -> int: # Neurons a layer 
                        "say how many key-value heads stay, or leave --scores out.")
     kept, groups = neurons_to_keep(model, how.sparsity, how.groups), how.groups or widths_of(model)[1]
     config, layers = smaller_config(model, kept, groups), dimensions(model.config).layers
-    check_plain(model, config, cut_weights(model, *(torch.arange(n).repeat(layers, 1) for n in (kept, groups)))) # any n
+    check_plain(model, config, *(torch.arange(n).repeat(layers, 1) for n in (kept, groups))) # any so many
     return kept
 
 # %% ../../nbs/portable/06_shrink.ipynb #c057
