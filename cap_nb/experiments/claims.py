@@ -113,8 +113,12 @@ def ingredients(asked: Mapping) -> dict[str, str]: # Name -> fingerprint
 # %% ../../nbs/experiments/02_claims.ipynb #2554194c
 def merge_parts(one: Evaluation | None, other: Evaluation) -> Evaluation:
     "A method whose parts were measured by two runs of one calibration seed."
-    parts = ("answers", "losses", "perplexity")
-    return replace(one, **{part: getattr(one, part) or getattr(other, part) for part in parts}) if one else other
+    if one is None: return other
+    def both(ours, theirs): # task by task
+        held = {record.task for record in ours}
+        return ours + tuple(record for record in theirs if record.task not in held)
+    return replace(one, answers=both(one.answers, other.answers), losses=both(one.losses, other.losses),
+                   perplexity=one.perplexity or other.perplexity)
 
 def seed_runs(*folders: Path) -> tuple[dict[int, dict], dict[int, HeadLosses]]:
     "The runs of several calibration seeds, by seed; where several have one seed, their cells are merged."
