@@ -487,10 +487,10 @@ def spread_over_seeds(case: Claim, records: ModelRecords, confidence: float) -> 
     value, p = swap_test(np.array([[accuracies(pair[which]) for pair in pairs] for which in (1, 0)]))
     return number(value, NONE, "log ratio of spreads", len(pairs), p, fewest=6) # of 2^5 swaps p is at least 1/16
 
-def permutation_test(one: Sequence[float], other: Sequence[float]) -> tuple[float, float] | None:
-    "Whether two numbers rise together over seeds, by their ranks; None where one of them is always the same."
+def permutation_test(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    "Whether two numbers rise together over seeds, by their ranks; NaN and 1 where one of them is always the same."
     a, b = (ranks - ranks.mean() for ranks in map(stats.rankdata, (one, other)))
-    if not a.any() or not b.any(): return None
+    if not a.any() or not b.any(): return math.nan, 1.0
     drawn, rng = math.factorial(len(b)) > MOST_ORDERS, np.random.default_rng(0)
     orders = [b, *(rng.permutation(b) for _ in range(MOST_ORDERS))] if drawn else [*itertools.permutations(b)]
     found, length = np.array(orders) @ a, np.linalg.norm(a) * np.linalg.norm(b)
@@ -505,7 +505,7 @@ def separation_and_gain(case: Claim, records: ModelRecords, confidence: float) -
     if len(pairs) < 4 or any(found is None for found in pairs): return None
     gains = [values.mean() for values, _ in pairs]
     found = permutation_test([1 - heads_for_half(records.seed_losses[seed]) for seed in seeds], gains)
-    return found and number(found[0], NONE, "rank correlation", len(seeds), found[1], fewest=5) # of 4! orders 1/12
+    return number(found[0], NONE, "rank correlation", len(seeds), found[1], fewest=5) # of 4! orders 1/12
 
 # %% ../../nbs/experiments/02_claims.ipynb #6aa47453
 def distance_to_sparsity(case: Claim, records: ModelRecords, confidence: float) -> Comparison | None:
@@ -655,6 +655,7 @@ def is_listed(case: Claim, records: ModelRecords) -> bool: # Whether it is liste
 def reason(comparison: Comparison | None, judged: str) -> str: # Why it is undecided; empty otherwise
     if judged != UNDECIDED: return ""
     if comparison.n < comparison.fewest: return f"too few: n = {comparison.n}"
+    if math.isnan(comparison.value): return "no seed differs in the scores' concentration, or none in the gain"
     none = comparison.alone == 0 or comparison.low == comparison.high == 0
     return "no problem differs" if none else "interval or test does not decide"
 
@@ -683,7 +684,7 @@ def cell_of(row: pd.Series) -> str: # Verdict, number, unit and test
     if row["Verdict"] == NOT_MEASURED: return NOT_MEASURED
     judged = UNDECIDED if row["Verdict"] == UNDECIDED else f"**{row['Verdict']}**"
     test = "" if pd.isna(row["p"]) else f", Holm {p_text(row['Holm'])}"
-    why = f"; {row['Why']}" if row["Why"].startswith(("too few", "no problem")) else ""
+    why = f"; {row['Why']}" if row["Why"].startswith(("too few", "no ")) else ""
     interval = interval_text(number(row["Value"], (row["Low"], row["High"]), row["Unit"], row["n"]))
     return f"{judged}: {interval} {row['Unit']} (n = {row['n']}{test}){why}"
 
