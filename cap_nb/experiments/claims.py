@@ -20,8 +20,8 @@ import torch
 from matplotlib.figure import Figure
 from scipy import stats
 from ..analysis import (
-    Comparison, LEVEL, all_equal, comparable_parts, correct_family, interval_of_alike, interval_of_gain, mcnemar_exact,
-    paired_values, paper_measure, sign_flip_test)
+    by_cell, Comparison, LEVEL, all_equal, comparable_parts, correct_family, interval_of_alike, interval_of_gain,
+    mcnemar_exact, paired_values, paper_measure, sign_flip_test)
 from ..calibration import deal_subsets
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import read_checked, sha256_of_file, write_json, write_text
@@ -91,7 +91,7 @@ class ModelRecords:
 
 # %% ../../nbs/experiments/02_claims.ipynb #a2a18012
 def cells_of_run(run: Run | None) -> dict[tuple[str, float], Evaluation]: # (method, sparsity) -> what was measured
-    return {(e.method, e.sparsity): e for e in run.evaluations} if run else {}
+    return by_cell(run.evaluations) if run else {}
 
 def run_in(folder: Path) -> Run | None: # The run; None if it is not there
     return load_run(folder) if is_run(folder) else None
