@@ -29,7 +29,8 @@ from .core.stopping import NOTHING_KEPT, stop_says, STOPPED
 from .data.problems import FRESH
 from .data.prompts import Tokens
 from .evaluation import Evaluation, evaluation_problems
-from .experiments.harness import check_harness_tasks, harness_results, harness_text, HarnessSettings
+from .experiments.harness import (
+    check_harness_tasks, harness_results, harness_text, HarnessSettings, kit_tasks)
 from .importance import importance_factors
 from .jobs.chains import Answering, kept_examples, own_chains, style_origin, task_counts, too_few
 from .jobs.job import (
@@ -426,10 +427,12 @@ def train_into(job: Job, tuning: FineTuning, out: Path, teacher: str | None = No
         raise BadInput(f"The teacher {teacher} has another tokenizer than {job.model.name}: expected the same tokens; "
                        "name the model that was pruned.")
     calibration = job_calibration(job, tokenizer)
-    about = calibration_record(calibration) | targets_configuration(filled_in(job, tokenizer), calibration)
+    about = calibration_as_asked(job, tokenizer, calibration)
     return recover_into(out, model, tokenizer, calibration, tuning, dense, about)
 
 # %% ../nbs/single_steps.ipynb #8a32c4a1
+ON_GOLD = {"calibrate_on": "gold", "chain_rule": "right"} # Where no chains are there yet, or none are needed
+
 def recipe_asked(job: Job, pruning: SinglePruning, tuning: FineTuning | None, out: Path) -> list: # What JSON can hold
     "All settings of a recipe; a folder that holds something else, or one with other settings, raises `BadInput`."
     parts = check_method(pruning.method)
@@ -452,7 +455,7 @@ def recipe_asked(job: Job, pruning: SinglePruning, tuning: FineTuning | None, ou
 def recipe_begun(job: Job, tuning: FineTuning | None, asked: list, out: Path) -> Job: # Filled in as the model decides
     "Note what a recipe follows from; another model, other chains or no room for its training raise `BadInput`."
     own = job.calibrate.calibrate_on == OWN
-    model, tokenizer = load_checked(changed(job, calibrate_on="gold", chain_rule="right") if own else job)
+    model, tokenizer = load_checked(changed(job, **ON_GOLD) if own else job)
     if tuning: check_room_to_train(model, tuning.rank)
     chains = None if own else chains_of(job.calibrate)
     noted = [*asked, model_fingerprint(model), chains and chains.fingerprint]
@@ -468,7 +471,7 @@ BENCHED = 50 # Problems of each task that are answered before and after, or as m
 def recipe_plan(job: Job, pruning: SinglePruning, tuning: FineTuning | None) -> str: # Markdown
     "What a recipe will take, from the model's configuration; chains are counted as long as gold solutions."
     own = job.calibrate.calibrate_on == OWN
-    if own: job = changed(job, calibrate_on="gold", chain_rule="right")
+    if own: job = changed(job, **ON_GOLD)
     measured = {"evaluate_n": BENCHED, "loss_n": 0, "windows": 0}
     planned = plan(changed(job, methods=(pruning.method,), sparsities=(pruning.sparsity,), **measured),
                    tries=1 if own else None)
@@ -482,9 +485,9 @@ def benched(job: Job, model: str, out: Path) -> Evaluation: # What it answered; 
         left_out = never_drawn(task, where["split"], where["data_dir"])
         return len(evaluation_problems(task, exclude=left_out, **where))
     count = min([BENCHED, *map(size, job.evaluate.accuracy_tasks)])
-    asked = changed(job, name=model, calibrate_on="gold", chain_rule="right", evaluate_n=count, text_share=0.0,
+    asked = changed(job, name=model, **ON_GOLD, evaluate_n=count, loss_n=0, windows=0, text_share=0.0,
                     text_tokens=CalibrateSettings.text_tokens, calibration_text=None)
-    if not out.exists(): evaluate_alone(changed(asked, loss_n=0, windows=0), out=out)
+    if not out.exists(): evaluate_alone(asked, out=out)
     return load_evaluation(out)
 
 def recipe_into(job: Job, pruning: SinglePruning, tuning: FineTuning | None,
@@ -496,8 +499,7 @@ def recipe_into(job: Job, pruning: SinglePruning, tuning: FineTuning | None,
         job = recipe_begun(job, tuning, asked, out)
         before = benched(job, job.model.name, out/"before") # first: what cannot be answered is found before the work
         if job.calibrate.calibrate_on == OWN:
-            asking = changed(job, calibrate_on="gold", chain_rule="right")
-            lines = answer_into(asking, chains, tries=1, rule=read_rule(rule))[:-1]
+            lines = answer_into(changed(job, **ON_GOLD), chains, tries=1, rule=read_rule(rule))[:-1]
             job = changed(job, calibrate_on=str(chains))
         if not made.exists(): prune_into(job, pruning, made, STOPPED)
         write_card(made, force=True)
@@ -522,13 +524,14 @@ def sets_seen(record: dict | None) -> Iterator[dict]:
             tuning = tuning.get("before")
         record = record.get("before")
 
-def warn_of_seen(job: Job, pruned: dict) -> None:
-    "Warn that problems to be measured on may have been calibrated or trained on, by what the model says of itself."
+def warn_of_seen(job: Job, pruned: dict, left_out: str | None = None) -> None:
+    "Warn that a model may have seen the problems it is measured on, by its record, where a set is not left out."
     fresh, found = FRESH in (job.evaluate.accuracy_tasks or ()), []
     for seen in sets_seen(pruned):
         tasks = seen.get("examples", ())
         at_risk = fresh and FRESH not in seen.get("spare", ()) and "gsm8k" in tasks
-        if job.evaluate.evaluate_on == "validation" or at_risk: found += tasks
+        apart = left_out is not None and seen.get("fingerprint") == left_out
+        if (job.evaluate.evaluate_on == "validation" or at_risk) and not apart: found += tasks
     if found:
         log.warning("%s was calibrated or trained on problems of %s, which may be among those it is measured on; prune "
                     "and train with --spare %s, or leave --evaluate-on validation out.", job.model.name,
@@ -541,13 +544,14 @@ def evaluate_alone(job: Job, scores: Path | None = None, out: Path | None = None
         raise BadInput("Nothing is to be measured: expected answers, losses or perplexity; name --accuracy-tasks, or "
                        "raise --loss-n or --windows.")
     check_unread(job)
-    exclude = frozenset(read_scores(scores, "mean")[0].uid) if scores else frozenset()
+    table = read_scores(scores, "mean")[0] if scores else None
+    exclude = frozenset(table.uid) if table else frozenset()
     with working_folder(out) if out else nullcontext(): # a place that cannot be written is found before the work
         model, tokenizer = load_checked(job)
         ready = filled_in(job, tokenizer)
         measured = evaluation_configuration(ready, exclude) # so is what is missing, or has no room
         check_problems(ready, model, tokenizer, exclude)
-        if not scores: warn_of_seen(job, getattr(model.config, KEY, None) or {})
+        warn_of_seen(job, getattr(model.config, KEY, None) or {}, table and table.meta.get("calibration"))
         name = Path(job.model.name).name or Path(job.model.name).resolve().name # of "." that of the folder
         evaluation = evaluate(model, tokenizer, job, name, exclude)
         if out:
@@ -566,6 +570,8 @@ def harness_alone(job: Job, tasks: tuple[str, ...], limit: int | None = None, ou
     check_harness_tasks(tasks)
     with working_folder(out) if out else nullcontext(): # as in `evaluate_alone`
         model, tokenizer = load_checked(job)
+        ours = tuple(task for name, task in kit_tasks().items() if name in tasks)
+        warn_of_seen(changed(job, accuracy_tasks=ours), getattr(model.config, KEY, None) or {})
         asked = HarnessSettings(tasks=tasks, limit=limit, seed=job.calibrate.seed, data_dir=job.calibrate.data_dir,
                                 style=job.calibrate.style, max_new_tokens=job.evaluate.max_new_tokens,
                                 batch_size=max(1, job.model.batch_tokens // 512)) # as many prompts

@@ -26,7 +26,7 @@ from cap_nb.command_line import OPTION_NAMES, adjusted, app, comments
 from cap_nb.jobs.records import load_run
 from cap_nb.jobs.settings import Job, QUICK, changed
 from cap_nb.methods.resumed_scoring import load_losses
-from cap_nb.single_steps import warn_of_seen
+from cap_nb.single_steps import harness_alone, warn_of_seen
 from conftest import ROOT
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_what_eval_lacks_is_told_before_anything_is_answered(tmp_path, monkeypat
     assert_one_sentence(cap(*long, "--evaluate-n", "2", "--max-new-tokens", "500"), "fit")
 
 
-def test_eval_warns_of_problems_that_were_calibrated_on(caplog):
+def test_eval_warns_of_problems_that_were_calibrated_on(caplog, monkeypatch):
     seen = {"calibration": {"examples": {"gsm8k": 3}}}
     for job, pruned, warned in ((changed(Job(), evaluate_on="validation"), seen, True), (Job(), seen, False), (changed(Job(), evaluate_on="validation"), {}, False),
                                 (changed(Job(), accuracy_tasks=("gsm8k_fresh",)), seen, True),
@@ -140,6 +140,16 @@ def test_eval_warns_of_problems_that_were_calibrated_on(caplog):
         caplog.clear()
         warn_of_seen(job, pruned)
         assert bool(caplog.records) == warned, (job, pruned)
+    of_table = {"scores": seen["calibration"] | {"fingerprint": "t"}, "fine-tuning": {"trained on": {"examples": {"arc": 2}, "fingerprint": "o"}}}
+    caplog.clear()
+    warn_of_seen(changed(Job(), evaluate_on="validation"), of_table, "t")
+    assert "on problems of arc, which" in caplog.text, "the table's problems are left out, those of training are not"
+    for name, made in (("check_harness_tasks", None), ("load_checked", (SimpleNamespace(config=SimpleNamespace(cap_nb=seen)), None)), ("harness_results", {}), ("harness_text", "")):
+        monkeypatch.setattr(cap_nb.single_steps, name, lambda *_, made=made: made)
+    for task, warned in (("cap_gsm8k_fresh", True), ("gsm8k_cot", False)):
+        caplog.clear()
+        harness_alone(Job(), (task,))
+        assert bool(caplog.records) == warned, task
 
 
 def test_tables_and_figures_are_made_again_from_the_records(finished, tmp_path):

@@ -1,5 +1,6 @@
 """The claims ledger reads studies and answers of several runs, and refuses those that do not belong together."""
 import functools
+import math
 import shutil
 from dataclasses import replace
 
@@ -9,7 +10,8 @@ import pytest
 from fixtures import refuses
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.experiments.claims import (
-    CLAIMS, MEASURES, ModelRecords, answered_by_both, answers_of_dense, gain_comparison, neuron_cells, seed_runs, studies_of, study_gains)
+    CLAIMS, MEASURES, ModelRecords, answered_by_both, answers_of_dense, gain_comparison, merge_parts, neuron_cells, reason, seed_runs, studies_of, study_gains,
+    verdict)
 from cap_nb.experiments.variants import only_examples
 from cap_nb.jobs.records import load_run, read_run
 from conftest import ROOT
@@ -84,7 +86,10 @@ def test_losses_of_one_run_and_answers_of_another_are_merged(tmp_path):
     runs = {name: {(e.method, e.sparsity): e for e in load_run(QWEN / name).evaluations} for name in ("masks", "20")}
     assert cells["wanda", 0.5].losses == runs["masks"]["wanda", 0.5].losses
     assert cells["dense", 0.0].losses == runs["20"]["dense", 0.0].losses, "seven methods against five"
-    assert len(cells["alps", 0.5].answers) == 660 and len(cells["alps", 0.5].losses) == 180
+    alps = cells["alps", 0.5]
+    assert len(alps.answers) == 660 and len(alps.losses) == 180
+    words, others = (replace(alps, losses=tuple(one for one in alps.losses if (one.task == "gsm8k") == way)) for way in (True, False))
+    assert len(words.losses) == 60 and merge_parts(words, others).losses == words.losses + others.losses, "each task is of one run alone"
 
 
 @pytest.mark.parametrize("measure", ["gain", "spread over seeds"])
@@ -159,6 +164,9 @@ def test_what_a_table_of_losses_cannot_say_is_not_measured():
     assert asked("agreement gained by more", ModelRecords("lab", {}, seed_losses=some), of="seeds") is None
     assert asked("agreement gained by more", ModelRecords("lab", {}, seed_losses=some | {4: losses}), of="seeds").value == pytest.approx(0)
     assert asked("agreement of tasks", ModelRecords("lab", {}, losses=losses), first="gsm8k", second="arc").value < 1
+    cells = {(e.method, e.sparsity): e for e in load_run(FIGURES / "lab_methods").evaluations}
+    equal = asked("separation and gain", ModelRecords("lab", {}, runs={"seeds": dict.fromkeys(range(5), cells)}, seed_losses=dict.fromkeys(range(5), losses)))
+    assert "no seed differs in the scores' concentration" in reason(equal, verdict(equal, (0, math.inf))), "measured, and undecided"
 
 
 @pytest.mark.parametrize("right, said", [(3, "too few"), (200, None)])

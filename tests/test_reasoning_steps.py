@@ -98,9 +98,11 @@ def test_what_follows_the_answer_is_not_a_step():
     assert error_category(answered(eggs, wrong, cut_off=True), eggs) == "wrong last line"
 
 
-def test_three_hundred_is_a_number_of_the_question():
+def test_three_hundred_is_a_number_of_the_question_and_options_belong_to_it():
     [step] = step_reports(Problem(task="gsm8k", question="Three hundred eggs fill how many dozens?", solution="", answer="25"), "300 / 12 = 25")
     assert step.grounded
+    [step] = step_reports(Problem(task="arc", question="Which is most?", solution="", answer="A", choices=(("A", "40 kg"), ("B", "30 kg"))), "40 - 30 = 10")
+    assert step.grounded, "numbers of the options are given, too"
 
 
 def test_facts_that_nobody_can_check():

@@ -89,6 +89,8 @@ def test_the_widgets_do_what_they_say(lab):
     assert (lab["said"].value, lab["drawn"].value) == (said, drawn)
     lab["problem"].value = lab["problems"][1]
     assert lab["problems"][1].question in lab["said"].value
+    lab["problem"].value = lab["problems"][2]
+    assert "<br>D. " in lab["said"].value, "a question is shown with its choices"
     lab["sparsity"].value = 0
     fresh = load_model("lab", "float32", "cpu")[0].state_dict()
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in lab["model"].state_dict().items())

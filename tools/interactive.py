@@ -109,8 +109,7 @@ def measured(lab: dict) -> dict:
     lines, said = numbered(), numbered()
     asked = [("dense", 0.0), *((m, s) for m in lab["METHODS"].values() for s in SPARSITIES)]
     states = {f"{method} {share:g}": state_of(lab, method, share, lines, said) for method, share in tqdm(asked)}
-    problems = [{"task": p.task, "question": p.question + "".join(f"\n{letter}. {text}" for letter, text in p.choices),
-                 "right": lab["right"][p.task].splitlines()} for p in lab["problems"]]
+    problems = [{"task": p.task, "question": lab["asked"](p), "right": lab["right"][p.task].splitlines()} for p in lab["problems"]]
     return {"about": about(lab), "methods": lab["METHODS"], "sparsities": [0, *SPARSITIES], "problems": problems,
             "scores": [[round(score, 5) for score in row] for row in lab["scores"].tolist()],
             "lines": list(lines), "answers": [[list(n), *rest] for n, *rest in said], "states": states}

@@ -20,8 +20,8 @@ import torch
 from matplotlib.figure import Figure
 from scipy import stats
 from ..analysis import (
-    Comparison, LEVEL, all_equal, comparable_parts, correct_family, interval_of_alike, interval_of_gain, mcnemar_exact,
-    paired_values, paper_measure, sign_flip_test)
+    by_cell, Comparison, LEVEL, all_equal, comparable_parts, correct_family, interval_of_alike, interval_of_gain,
+    mcnemar_exact, paired_values, paper_measure, sign_flip_test)
 from ..calibration import deal_subsets
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import read_checked, sha256_of_file, write_json, write_text
@@ -91,7 +91,7 @@ class ModelRecords:
 
 # %% ../../nbs/experiments/02_claims.ipynb #a2a18012
 def cells_of_run(run: Run | None) -> dict[tuple[str, float], Evaluation]: # (method, sparsity) -> what was measured
-    return {(e.method, e.sparsity): e for e in run.evaluations} if run else {}
+    return by_cell(run.evaluations) if run else {}
 
 def run_in(folder: Path) -> Run | None: # The run; None if it is not there
     return load_run(folder) if is_run(folder) else None
@@ -113,8 +113,12 @@ def ingredients(asked: Mapping) -> dict[str, str]: # Name -> fingerprint
 # %% ../../nbs/experiments/02_claims.ipynb #2554194c
 def merge_parts(one: Evaluation | None, other: Evaluation) -> Evaluation:
     "A method whose parts were measured by two runs of one calibration seed."
-    parts = ("answers", "losses", "perplexity")
-    return replace(one, **{part: getattr(one, part) or getattr(other, part) for part in parts}) if one else other
+    if one is None: return other
+    def both(ours, theirs): # task by task
+        held = {record.task for record in ours}
+        return ours + tuple(record for record in theirs if record.task not in held)
+    return replace(one, answers=both(one.answers, other.answers), losses=both(one.losses, other.losses),
+                   perplexity=one.perplexity or other.perplexity)
 
 def seed_runs(*folders: Path) -> tuple[dict[int, dict], dict[int, HeadLosses]]:
     "The runs of several calibration seeds, by seed; where several have one seed, their cells are merged."
@@ -483,10 +487,10 @@ def spread_over_seeds(case: Claim, records: ModelRecords, confidence: float) -> 
     value, p = swap_test(np.array([[accuracies(pair[which]) for pair in pairs] for which in (1, 0)]))
     return number(value, NONE, "log ratio of spreads", len(pairs), p, fewest=6) # of 2^5 swaps p is at least 1/16
 
-def permutation_test(one: Sequence[float], other: Sequence[float]) -> tuple[float, float] | None:
-    "Whether two numbers rise together over seeds, by their ranks; None where one of them is always the same."
+def permutation_test(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    "Whether two numbers rise together over seeds, by their ranks; NaN and 1 where one of them is always the same."
     a, b = (ranks - ranks.mean() for ranks in map(stats.rankdata, (one, other)))
-    if not a.any() or not b.any(): return None
+    if not a.any() or not b.any(): return math.nan, 1.0
     drawn, rng = math.factorial(len(b)) > MOST_ORDERS, np.random.default_rng(0)
     orders = [b, *(rng.permutation(b) for _ in range(MOST_ORDERS))] if drawn else [*itertools.permutations(b)]
     found, length = np.array(orders) @ a, np.linalg.norm(a) * np.linalg.norm(b)
@@ -501,7 +505,7 @@ def separation_and_gain(case: Claim, records: ModelRecords, confidence: float) -
     if len(pairs) < 4 or any(found is None for found in pairs): return None
     gains = [values.mean() for values, _ in pairs]
     found = permutation_test([1 - heads_for_half(records.seed_losses[seed]) for seed in seeds], gains)
-    return found and number(found[0], NONE, "rank correlation", len(seeds), found[1], fewest=5) # of 4! orders 1/12
+    return number(found[0], NONE, "rank correlation", len(seeds), found[1], fewest=5) # of 4! orders 1/12
 
 # %% ../../nbs/experiments/02_claims.ipynb #6aa47453
 def distance_to_sparsity(case: Claim, records: ModelRecords, confidence: float) -> Comparison | None:
@@ -651,6 +655,7 @@ def is_listed(case: Claim, records: ModelRecords) -> bool: # Whether it is liste
 def reason(comparison: Comparison | None, judged: str) -> str: # Why it is undecided; empty otherwise
     if judged != UNDECIDED: return ""
     if comparison.n < comparison.fewest: return f"too few: n = {comparison.n}"
+    if math.isnan(comparison.value): return "no seed differs in the scores' concentration, or none in the gain"
     none = comparison.alone == 0 or comparison.low == comparison.high == 0
     return "no problem differs" if none else "interval or test does not decide"
 
@@ -679,7 +684,7 @@ def cell_of(row: pd.Series) -> str: # Verdict, number, unit and test
     if row["Verdict"] == NOT_MEASURED: return NOT_MEASURED
     judged = UNDECIDED if row["Verdict"] == UNDECIDED else f"**{row['Verdict']}**"
     test = "" if pd.isna(row["p"]) else f", Holm {p_text(row['Holm'])}"
-    why = f"; {row['Why']}" if row["Why"].startswith(("too few", "no problem")) else ""
+    why = f"; {row['Why']}" if row["Why"].startswith(("too few", "no ")) else ""
     interval = interval_text(number(row["Value"], (row["Low"], row["High"]), row["Unit"], row["n"]))
     return f"{judged}: {interval} {row['Unit']} (n = {row['n']}{test}){why}"
 

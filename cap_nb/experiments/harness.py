@@ -109,13 +109,13 @@ class HarnessAnswer:
 
 # %% ../../nbs/experiments/04_harness.ipynb #96ffe5e8
 @contextmanager
-def greedy_settings(model: torch.nn.Module, tokenizer: object) -> Iterator[GenerationConfig]:
+def greedy_settings(model: torch.nn.Module, tokenizer: object) -> Iterator[None]:
     "Greedy settings in place of the model's, which come back at the end; how long, the caller says (paper section 4)."
     before, stop, pad = model.generation_config, stop_tokens(model, tokenizer), tokenizer.pad_token_id
     if pad is None: pad = stop[0] if stop else 0 # masked: any token will do
     model.generation_config = GenerationConfig(do_sample=False, num_beams=1, use_cache=True,
                                                eos_token_id=list(stop) or None, pad_token_id=pad)
-    try: yield model.generation_config
+    try: yield
     finally: model.generation_config = before
 
 # %% ../../nbs/experiments/04_harness.ipynb #c037

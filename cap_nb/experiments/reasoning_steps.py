@@ -287,7 +287,9 @@ def arithmetic_check(
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c041
 ANSWER_LINE = re.compile( # In any prompt style; "Answer: She has 3 eggs." is a step
-    r"\s*####\s*[-$.\d]|\W*answer\s*:\W*(?:(?:yes|no|(?-i:[A-H]))\b|\d)|\W*\\boxed\s*\{[^{}]*\}\W*$", re.IGNORECASE)
+    r"\s*####\s*[-$.\d]|\W*\\boxed\s*\{[^{}]*\}\W*$"
+    r"|\W*answer\s*:\W*(?:(?:yes|no)\b|(?-i:[A-H])(?=\W*$|[^\w\s'’-])"
+    r"|\d(?:[.,:/ ]?\d)*\W*(?:[^\W\d]+(?: [^\W\d]+)?\W*)?$)", re.IGNORECASE) # 3 dozen eggs
 HEADING = re.compile(r"\s*#|\W*answer\W*$", re.IGNORECASE)
 NO_END = re.compile( # A full stop that ends no sentence
     r"(?:^(?:[A-Z]|\d{1,2}|[Ss]tep \d+)|\b(?:Mr|Mrs|Ms|Dr|St|vs|e\.g|i\.e|approx))\.$")
@@ -434,6 +436,9 @@ def lab_facts_check(text: str) -> tuple[LabStatement, ...]: # All it says, in or
     return tuple(statements)
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c068
+def whole_question(problem: Problem) -> str: # With the texts of its options
+    return "\n".join([problem.question, *(text for _, text in problem.choices)])
+
 def lab_grounded(problem: Problem, statements: Sequence[LabStatement], before: set[str]) -> bool | None:
     "Whether one step about the lab's world is grounded; what it states is added to what stood before."
     read, grounded = [statement for statement in statements if statement.kind != "unread"], True
@@ -448,7 +453,7 @@ def lab_grounded(problem: Problem, statements: Sequence[LabStatement], before: s
 
 def lab_fact_steps(problem: Problem, output: str) -> tuple[StepReport, ...]: # Its steps, checked
     "Each step about the lab's world: its statements, and whether what it speaks of was there before."
-    before = set(re.findall(r"\w+", problem.question)) | {text for _, text in problem.choices}
+    before = set(re.findall(r"\w+", whole_question(problem)))
     statements, reports = lab_facts_check(output), []
     for step, text in enumerate(reasoning_steps(output)):
         of_step = tuple(statement for statement in statements if statement.step == step)
@@ -460,7 +465,7 @@ OF_WORLD = ("lab-strategyqa", "lab-arc") # Tasks whose solutions consist of fact
 
 def step_reports(problem: Problem, output: str) -> tuple[StepReport, ...]: # Its steps, checked
     "The steps of an answer: equations, or for the lab's yes/no and four-choice tasks facts (paper section 6.1)."
-    return lab_fact_steps(problem, output) if problem.task in OF_WORLD else word_steps(problem.question, output)
+    return lab_fact_steps(problem, output) if problem.task in OF_WORLD else word_steps(whole_question(problem), output)
 
 def grounded_share(steps: Sequence[StepReport]) -> float: # In [0, 1]; not a number where no step uses anything
     "Share of steps that use only what stands in the question or in earlier steps, among the steps that use anything."

@@ -27,7 +27,7 @@ from ..jobs.records import (
     cells_of, environment, load_evaluation, load_run, note_environment, open_run, save_evaluation)
 from ..jobs.settings import Job, changed
 from ..methods.criteria import CRITERIA, Inputs, measured_for, prune_by
-from ..methods.prune import needs_of, own_scope, parse_method, prune_with
+from ..methods.prune import check_fits, needs_of, own_scope, parse_method, prune_with
 from ..methods.resumed_scoring import check_target
 from ..methods.selection import zero_within
 from ..methods.wanda import uniform_shares
@@ -35,7 +35,7 @@ from ..models.anatomy import projections
 from ..models.decoding import Decoding, generate_greedy, token_limit
 from ..models.families import HOLDS
 from ..models.loading import fingerprint_differences
-from ..regions import check_literal, Factors
+from ..regions import Factors
 from ..scoring import HeadLosses, causal_scores, token_counts
 from ..threshold import PruneReport, prune_report
 
@@ -54,7 +54,6 @@ class Variant:
     permuted: int | None = None # Seed under which factors change heads; None: every head keeps its own
     in_layers: bool = False # Whether factors change heads within their layer only
     key_value: str = "mean" # Factor of a key-value head from its query heads: "mean" or "max"
-    layout: str = "heads" # Which slices of the attention's weights have a head's factor: "heads", its own, or "literal"
     part: str | None = None # "attention" or "mlp": prune there only, to the sparsity of its own weights
 
 # %% ../../nbs/experiments/00_variants.ipynb #c007
@@ -76,7 +75,7 @@ VARIANTS |= {
     "cap~range-rank": Variant("factors from 1 to 10 by rank", ranked=True),
     "cap~sharing-max": Variant("a key-value head gets the highest factor of its query heads", key_value="max"),
     "cap~regions-literal": Variant("PyTorch's columns of W_q, W_k, W_v and rows of W_o, as the paper's words have it",
-                                   layout="literal"),
+                                   "cap.literal"),
     "cap~weighting-even": Variant("every task's losses divided by the spread of its heads' scores", weighting="even")}
 VARIANTS |= {f"cap~weighting-{name}": Variant(f"calibrated on {name} alone", weighting=name)
              for name in ("gsm8k", "strategyqa", "arc")}
@@ -234,7 +233,7 @@ def text_set(ready: Ready, sources: Sources) -> Calibration: # Plain text to cal
 
 def check_variants(ready: Ready, names: Sequence[str], sources: Sources) -> None:
     "Raise `BadInput` for variants that the calibration set, the text or the model's slices cannot serve."
-    if any(VARIANTS[name].layout == "literal" for name in names): check_literal(ready.model)
+    for name in names: check_fits(VARIANTS[name].method, ready.model)
     held = sorted({task_family(e.task) for e in ready.calibration.examples if e.task in TASKS})
     for name in names:
         variant = VARIANTS[name]
@@ -296,14 +295,14 @@ def prune_part(model: nn.Module, method: str, part: str, sparsity: float, given:
     criterion, scope = CRITERIA[method], own_scope(parse_method(method))
     within = [p for p in projections(model) if (p.role in HOLDS) == (part == "attention")]
     if scope == "model":
-        zero_within(within, criterion, measured_for(model, criterion, given, False), sparsity, scope)
-        return prune_report(model, method, sparsity)
+        tau = zero_within(within, criterion, measured_for(model, criterion, given, False), sparsity, scope)[0]
+        return prune_report(model, method, sparsity, tau and tau.value, tau.ties if tau else 0)
     shares = uniform_shares(model, 0.0) | dict.fromkeys((p.name for p in within), sparsity)
     return prune_by(model, method, sparsity, scope, replace(given, shares=shares))
 
 def prune_variant(ready: Ready, name: str, sparsity: float, factors: torch.Tensor | None) -> PruneReport:
     variant = VARIANTS.get(name, Variant("", "dense"))
-    if factors is not None: factors = Factors(heads=factors, key_value=variant.key_value, layout=variant.layout)
+    if factors is not None: factors = Factors(heads=factors, key_value=variant.key_value)
     given = Inputs(factors=factors, calibration=ready.calibration, batch_tokens=ready.job.model.batch_tokens,
                    seed=ready.job.calibrate.seed)
     if variant.part: report = prune_part(ready.model, variant.method, variant.part, sparsity, given)
