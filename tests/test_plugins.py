@@ -163,7 +163,7 @@ def test_a_model_of_an_own_family(tmp_path):
     assert "pruned 50.0%" in output_of("bench", *at_home[0], at_home[1], "--batches", "1", "--prompt", "4", "--steps", "1", "--rounds", "1", "--backends", "torch", "--device", "cpu")
     for shared in (["card", at_home[1]], ["publish", at_home[1], "owner/name", "--dry-run"]):
         assert cap(*shared, *at_home[0]).exit_code == 0
-    assert "as before" in output_of("recover", *at_home[0], "--model", at_home[1], "--tasks", "lab-arc", "--n", "2", "--k", "1", "--steps", "1", "--device", "cpu", "--out", tmp_path / "t")
+    assert "no fewer than before" in output_of("recover", *at_home[0], "--model", at_home[1], "--tasks", "lab-arc", "--n", "2", "--k", "1", "--steps", "1", "--device", "cpu", "--out", tmp_path / "t")
     refused(cap("bench", at_home[1]), "other")
 
 
