@@ -279,6 +279,7 @@ def test_three_seeds_leave_undecided_what_each_of_them_decides():
     assert [c.value for c in over_seeds.values()] == pytest.approx([100 * (6 + 26 + 10) / 120])
     assert means["Calibration"].iloc[0] == 0 and means["Calibration"].iloc[1] > 10
     refuses("share no method", seed_table, {0: runs[0][:1], 1: runs[1][1:]})
+    refuses("calibration seeds is 1", compare_over_seeds, {0: runs[0]}, [("cap", "magnitude")])
     refuses("The table of seeds is empty", plot_seed_spread, means[:0], runs)
     part = plot_seed_spread(means.drop(("Magnitude", 0.5, "ARC-C.")), runs)
     assert [label.get_text() for label in part.axes[0].get_xticklabels()] == ["CAP\n50 %"], "what is not in the table is not drawn"

@@ -20,15 +20,14 @@ import torch
 from matplotlib.figure import Figure
 from scipy import stats
 from ..analysis import (
-    by_cell, Comparison, LEVEL, all_equal, comparable_parts, correct_family, interval_of_alike, interval_of_gain,
-    mcnemar_exact, paired_values, paper_measure, sign_flip_test)
+    by_cell, Comparison, LEVEL, comparable_parts, correct_family, paired_values, paper_measure)
 from ..calibration import deal_subsets
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import read_checked, sha256_of_file, write_json, write_text
 from ..core.plots import blank_figure, in_style, save_figure
 from ..data.problems import TASK_TITLES, task_family, TASKS
 from ..evaluation import AnswerRecord, Evaluation, bootstrap_interval, right_shares
-from .seeds import split_variance
+from .seeds import gain_comparison, number
 from .variants import FEWEST_CHAINS, VARIANTS, losses_of_task, only_examples, variant_scores
 from ..jobs.records import PACKED, Run, is_run, load_run, read_run, settings_of
 from ..jobs.tables import ESCAPED, interval_text, markdown_rows, p_text
@@ -248,28 +247,6 @@ def paired_gains(first: Evaluation, second: Evaluation, on: str) -> tuple[np.nda
     if not differences: return None
     gains, unit = np.concatenate([np.asarray(values, dtype=np.float64) for values, _ in differences]), differences[0][1]
     return (gains, unit) if unit == "points" else (-gains, unit)
-
-# %% ../../nbs/experiments/02_claims.ipynb #715af2b0
-def number(value: float, interval: tuple[float, float], unit: str, n: int, p: float | None = None,
-           fewest: int = 20) -> Comparison:
-    "A number with its interval, and the p-value of its test where there is one."
-    low, high = interval
-    return Comparison(value=float(value), low=float(low), high=float(high), unit=unit, n=n, p=p, fewest=fewest)
-
-def gain_comparison(gains: np.ndarray, unit: str, confidence: float, test: bool = True) -> Comparison:
-    "Mean gain: over seeds and problems, or with a bootstrap and an exact test, or cautiously for a margin."
-    alike = unit == "points" and all_equal(gains.flat) and abs(gains.flat[0]) <= 100
-    if gains.ndim > 1 and len(gains) > 1 and not alike: return split_variance(gains, confidence).comparison(unit)
-    gains = np.atleast_2d(gains)[0] # seeds that are alike in all are one
-    mean, n, won, lost = gains.mean(), len(gains), int((gains > 0).sum()), int((gains < 0).sum())
-    # of several answers a share is right, and a difference of differences may be 200: neither is yes or no
-    answers = unit == "points" and {*np.abs(gains)} <= {0.0, 100.0}
-    if alike: interval = interval_of_alike(mean, n, confidence)
-    elif answers and not test: interval = interval_of_gain(won, lost, n, confidence)
-    else: interval = bootstrap_interval(gains, 0, confidence)
-    if not test: return number(mean, interval, unit, n, fewest=1 if answers else 20)
-    found = number(mean, interval, unit, n, mcnemar_exact(won, lost) if answers else sign_flip_test(gains))
-    return replace(found, alone=won + lost if answers else None)
 
 # %% ../../nbs/experiments/02_claims.ipynb #faba2687
 READ_LENIENTLY = "answers read leniently" # Stands in the label of a case that counts lenient readings

@@ -15,11 +15,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ..analysis import (
-    all_equal, by_cell, CAP_PAIRS, Comparison, correct_family, interval_of_alike, method_title, problem_values,
-    records_by_measure, row_order, shared_cells, sign_flip_test)
+    all_equal, by_cell, CAP_PAIRS, Comparison, correct_family, interval_of_alike, interval_of_gain, mcnemar_exact,
+    method_title, problem_values, records_by_measure, row_order, shared_cells, sign_flip_test)
 from ..core.errors import BadInput, check_at_least, validate_arguments
 from ..core.plots import blank_figure, in_style, method_looks
-from ..evaluation import Evaluation, wilson_interval
+from ..evaluation import bootstrap_interval, Evaluation, wilson_interval
 from ..jobs.records import differing, is_run, load_run
 from ..jobs.tables import markdown_rows, rounded_text
 
@@ -137,10 +137,6 @@ def cells_over_seeds(runs: Mapping[int, Sequence[Evaluation]]) -> dict[tuple[str
                        "run them with the same --methods and --sparsity.")
     return {cell: [evaluations[cell] for evaluations in seeds] for cell in cells}
 
-def all_alike(layout: pd.DataFrame, measure: str) -> bool: # Then the split's interval has no width
-    "Whether answers, or their differences, are the same for all seeds and problems."
-    return not measure.endswith("loss") and all_equal(layout.to_numpy().flat)
-
 # %% ../../nbs/experiments/01_seeds.ipynb #c035
 @validate_arguments
 def seed_table(
@@ -152,7 +148,7 @@ def seed_table(
         for measure, layout in seed_layouts(evaluations).items():
             split, numbers = split_variance(layout), layout.mean(axis=1)
             low, high = split.low, split.high
-            if all_alike(layout, measure):
+            if not measure.endswith("loss") and all_equal(layout.to_numpy().flat): # the split has no width
                 right = round(split.problems * split.mean / 100)
                 low, high = (100 * end for end in wilson_interval(right, split.problems))
             rows[method_title(method), sparsity, measure] = (
@@ -177,6 +173,28 @@ def differences_over_seeds(
             layouts[key] = ours[measure] - theirs[measure]
     return layouts
 
+# %% ../../nbs/experiments/01_seeds.ipynb #186a7ea8
+def number(value: float, interval: tuple[float, float], unit: str, n: int, p: float | None = None,
+           fewest: int = 20) -> Comparison:
+    "A number with its interval, and the p-value of its test where there is one."
+    low, high = interval
+    return Comparison(value=float(value), low=float(low), high=float(high), unit=unit, n=n, p=p, fewest=fewest)
+
+def gain_comparison(gains: np.ndarray, unit: str, confidence: float = 0.95, test: bool = True) -> Comparison:
+    "Mean gain: over seeds and problems, or with a bootstrap and an exact test, or cautiously for a margin."
+    alike = unit == "points" and all_equal(gains.flat) and abs(gains.flat[0]) <= 100
+    if gains.ndim > 1 and len(gains) > 1 and not alike: return split_variance(gains, confidence).comparison(unit)
+    gains = np.atleast_2d(gains)[0] # seeds that are alike in all are one
+    mean, n, won, lost = gains.mean(), len(gains), int((gains > 0).sum()), int((gains < 0).sum())
+    # of several answers a share is right, and a difference of differences may be 200: neither is yes or no
+    answers = unit == "points" and {*np.abs(gains)} <= {0.0, 100.0}
+    if alike: interval = interval_of_alike(mean, n, confidence)
+    elif answers and not test: interval = interval_of_gain(won, lost, n, confidence)
+    else: interval = bootstrap_interval(gains, 0, confidence)
+    if not test: return number(mean, interval, unit, n, fewest=1 if answers else 20)
+    found = number(mean, interval, unit, n, mcnemar_exact(won, lost) if answers else sign_flip_test(gains))
+    return replace(found, alone=won + lost if answers else None)
+
 # %% ../../nbs/experiments/01_seeds.ipynb #c037
 @validate_arguments
 def compare_over_seeds(
@@ -185,14 +203,10 @@ def compare_over_seeds(
     family: str = "this table", # What the comparisons stand in
 ) -> dict[tuple[str, str, float, str], Comparison]: # Title, title, sparsity, measure -> first minus second, corrected
     "Compare pairs of methods over calibration seeds and problems, two of each at least, or `BadInput` is raised."
-    def unit(measure): return "nats" if measure.endswith("loss") else "points"
-    def compared(measure, layout):
-        found = split_variance(layout).comparison(unit(measure))
-        if not all_alike(layout, measure): return found
-        low, high = interval_of_alike(found.value, found.n)
-        return replace(found, low=low, high=high)
+    check_at_least(len(runs), 2, "The number of calibration seeds")
+    def compared(measure, layout): return gain_comparison(layout, "nats" if measure.endswith("loss") else "points")
     layouts = differences_over_seeds(runs, pairs)
-    return correct_family({key: compared(key[3], layout) for key, layout in layouts.items()}, family)
+    return correct_family({key: compared(key[3], layout.to_numpy()) for key, layout in layouts.items()}, family)
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c038
 def seed_row(row: pd.Series, measure: str) -> list[str]: # Mean with interval, single seeds, three standard deviations
