@@ -6,6 +6,7 @@ tensors; a fallback for the backend's own dispatch key answers what has no such 
 """
 import functools
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 
@@ -178,7 +179,8 @@ def present():
     reason = registered()[1]
     Module.there = not reason
     try:
-        yield reason
+        with patch.object(torch.accelerator, "empty_cache", Module.empty_cache, create=True):  # accelerate 1.16 asks there: a pretended device has no allocator
+            yield reason
     finally:
         Module.there = False
 
