@@ -179,7 +179,8 @@ def present():
     reason = registered()[1]
     Module.there = not reason
     try:
-        with patch.object(torch.accelerator, "empty_cache", Module.empty_cache, create=True):  # accelerate 1.16 asks there: a pretended device has no allocator
+        # accelerate 1.16 asks there, where a device without an allocator is refused
+        with patch.object(torch.accelerator, "empty_cache", Module.empty_cache, create=True):
             yield reason
     finally:
         Module.there = False
