@@ -6,6 +6,7 @@
 __all__ = ['pack_run', 'unpack_run', 'Run', 'load_run']
 
 # %% ../../nbs/jobs/00_records.ipynb #c004
+import base64
 import csv
 import hashlib
 import importlib.metadata
@@ -18,6 +19,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -497,12 +499,14 @@ def sealed_bytes(content: bytes) -> bytes:
 def write_packed(folder: Path) -> None:
     "Write all of a run into one file, in which a value of a column of text is kept once."
     configuration, records, about = read_run(folder), records_of(folder), manifest(folder)
-    words = {"run.json": checked_text(configuration), "manifest.json": checked_text(about)}
+    listed = base64.b64encode(zlib.compress(checked_text(about).encode(), 9))
+    words = {"run.json": checked_text(configuration), "manifest.json": listed}
     table, texts = records_table(records), [name for name, kind in COLUMNS.items() if kind == pa.string()]
     with whole_file(folder/PACKED) as part:
         with pq.ParquetWriter(
-                part, table.schema, use_dictionary=texts, dictionary_pagesize_limit=1 << 26, compression="zstd",
-                compression_level=19, use_byte_stream_split=["loss"], store_schema=False) as writer:
+                part, table.schema, use_dictionary=texts, dictionary_pagesize_limit=1 << 26, data_page_size=1 << 26,
+                compression="zstd", compression_level=19, use_byte_stream_split=["loss"],
+                store_schema=False) as writer:
             writer.write_table(table, row_group_size=max(1, len(table)))
             writer.add_key_value_metadata(words | {"checksum": SEAL + b"0" * 64})
         part.write_bytes(sealed_bytes(part.read_bytes()))
@@ -515,8 +519,10 @@ def packed_texts(folder: Path) -> dict[str, str]: # Name of a file -> its text
     path, names = folder/PACKED, ("run.json", "manifest.json")
     content = path.read_bytes()
     if SEAL in content and content == sealed_bytes(content):
-        words = pq.read_metadata(path).metadata
-        return {name: words[name.encode()].decode() for name in names}
+        run, listed = (pq.read_metadata(path).metadata[name.encode()] for name in names)
+        if not listed.startswith(b"{"): # plain in a run that was packed before it was compressed
+            listed = zlib.decompress(base64.b64decode(listed))
+        return dict(zip(names, (run.decode(), listed.decode())))
     raise BadInput(f"{path} is not as 'cap pack' wrote it, its checksum says: expected no bit flipped and nothing "
                    "edited by hand; get it anew.")
 
