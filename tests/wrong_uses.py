@@ -100,7 +100,7 @@ COMMANDS = {
     + [f"{PRUNE} --method cap --scores PLACE/scores.safetensors --key-value median", f"{PRUNE} --method magnitude --ties some", "nothing", "run --nothing", f"{EVAL} --limit 3"],
     "model folders": [f"{PRUNE} --method magnitude --model PLACE/{name}" for name in (
         "no_config", "config_text", "config_list", "config_binary", "no_heads", "half_heads", "negative_layers", "unknown_class", "pickled", "cut_off",
-        "not_safetensors", "index_outside", "index_list", "index_missing", "file.txt", "no_tokenizer", "edited_note")]
+        "not_safetensors", "index_outside", "index_list", "index_missing", "file.txt", "no_tokenizer", "adapter", "edited_note")]
     + [f"{command} --model PLACE/pictures" for command in (f"{PRUNE} --method magnitude", f"{PRUNE} --method magnitude --stream", RUN, "plan")]
     + [f"plan --model PLACE/{name}" for name in ("no_heads", "half_heads", "negative_layers", "huge_numbers", "text_numbers", "config_list", "nothing")]
     + [f"{PRUNE} --method magnitude --stream --model PLACE/{name}" for name in ("config_list", "config_text", "list_for_type", "edited_note")],
@@ -388,6 +388,7 @@ def prepared(place):
     for name, text in {"config_text": "not JSON", "config_list": "[1, 2]", "config_binary": None}.items():
         (model_folder(place / name) / "config.json").write_bytes(b"\x00\xff" * 9 if text is None else text.encode())
     (model_folder(place / "no_config") / "config.json").unlink()
+    (model_folder(place / "adapter") / "adapter_config.json").write_text("{}")
     weights = model_folder(place / "pickled") / "model.safetensors"
     weights.rename(weights.with_name("pytorch_model.bin"))
     weights = model_folder(place / "cut_off") / "model.safetensors"
