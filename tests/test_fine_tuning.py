@@ -70,7 +70,7 @@ def test_what_is_zero_once_it_is_cast_back_is_counted(monkeypatch):
 
 
 def test_the_room_that_a_training_takes(monkeypatch):
-    """A gradient and two moments of each weight, a mask within the scope, and float32 for what is not trained."""
+    """A gradient and two moments of each weight, a mask within the scope, and float32 for what is not trained; with a rank, each changed weight."""
     model, device = tiny_llama().half(), SimpleNamespace(room=0)
     frozen = model.get_input_embeddings().weight.requires_grad_(False).numel()
     scope, weights = sum(p.weight.numel() for p in projections(model)), sum(p.numel() for p in model.parameters())
@@ -81,7 +81,10 @@ def test_the_room_that_a_training_takes(monkeypatch):
     check_room_to_train(model.train(), None)
     device.room -= 1
     refuses("Training every weight takes", check_room_to_train, model, None)
+    device.room = (1 + 2) * scope + 16 * 8 * sum(sum(p.weight.shape) for p in projections(model))
     check_room_to_train(model, 8)
+    device.room -= 1
+    refuses("Training with rank 8 takes", check_room_to_train, model, 8)
 
 
 def test_a_broken_low_rank_training_leaves_the_model_as_it_was():

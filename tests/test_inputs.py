@@ -460,9 +460,19 @@ def test_a_cell_that_is_measured_anew_leaves_nothing_of_other_zeros(place, monke
     shutil.copytree(place / "run" / "evaluations" / "dense-0.0", place / "run" / "unfinished" / cell / "loss-gsm8k")  # of other zeros
     if lost:
         (place / "run" / "reports" / f"{cell}.json").unlink()
-    monkeypatch.setattr(job_module, "repeatable", lambda method, device: False)
+    monkeypatch.setattr(job_module, "repeatable", lambda method, device, finished: False)
     run_job(job_in(place), place / "run")
     assert not (place / "run" / "models" / cell).exists() and numbers(place / "run") == before
+
+
+def test_a_finished_cell_whose_weights_would_be_others_is_measured_anew(place, monkeypatch):
+    """On a GPU a training gives other weights each time: a report or model that comes later is of those measured."""
+    report, real = place / "run" / "reports" / "cap-0.5.json", job_module.prune_with
+    report.unlink()
+    monkeypatch.setattr(job_module, "repeatable", lambda method, device, finished: not finished)
+    monkeypatch.setattr(job_module, "prune_with", lambda *given: replace(real(*given), reached=0.4))
+    run_job(job_in(place), place / "run")
+    assert report.exists() and load_run(place / "run").evaluations[-1].reached == 0.4
 
 
 def test_zeros_that_are_not_those_measured_leave_no_report(place, monkeypatch):

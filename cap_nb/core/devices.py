@@ -17,7 +17,9 @@ from cap_nb.core.errors import BadInput, check_device
 
 def device_named(device: str | torch.device | None) -> torch.device:
     "The torch device of a name; None is the GPU if there is one, else the CPU. An unknown or absent one: `BadInput`."
-    if torch.cuda.is_available(): torch.backends.cuda.enable_cudnn_sdp(False)
+    if torch.cuda.is_available():
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.set_float32_matmul_precision("highest")
     if device is None: return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     named = torch.device(check_device(str(device)))
     if named.type == "mps":

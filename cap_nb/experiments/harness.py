@@ -85,14 +85,14 @@ def write_harness_task(
 
 # %% ../../nbs/experiments/04_harness.ipynb #c031
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    "Random states and log levels as they were before, after a block that changes them."
+def undisturbed(device: torch.device | None = None) -> Iterator[None]:
+    "Random states, a GPU's too where one is given, and log levels as before, after a block that changes them."
     states = random.getstate(), np.random.get_state()
     loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers")]
     levels = [logger.level for logger in loggers]
     for logger in loggers: logger.setLevel(logging.ERROR)
     try:
-        with torch.random.fork_rng(): yield
+        with torch.random.fork_rng([device] if device and device.type == "cuda" else []): yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
@@ -134,7 +134,7 @@ def harness_answers(
         raise BadInput(f"{path} does not exist: expected a task there; write it with write_harness_task.")
     with taken_as(path, "a task of `write_harness_task`"):
         check_at_least(read_json(path)["generation_kwargs"]["max_gen_toks"], 1, "max_gen_toks")
-    with undisturbed(), inference(model), greedy_settings(model, tokenizer):
+    with undisturbed(model.device), inference(model), greedy_settings(model, tokenizer):
         wrapped = lm_eval.models.huggingface.HFLM(
             model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size,
             add_bos_token=tokenizer.chat_template is None)
@@ -214,7 +214,7 @@ def harness_results(model: torch.nn.Module, tokenizer: object,
     own, theirs = ([name for name in settings.tasks if (name in ours) == way] for way in (True, False))
     def note(parts: dict) -> None:
         for part, values in parts.items(): found[part] |= values
-    with undisturbed(), inference(model), tempfile.TemporaryDirectory() as folder:
+    with undisturbed(model.device), inference(model), tempfile.TemporaryDirectory() as folder:
         if theirs: # before ours are judged; a data set that is a program raises a RuntimeError
             with data_at_hand(theirs, RuntimeError, ValueError): tasks_of_harness().load(theirs)
         if own:

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections import namedtuple
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -40,6 +40,7 @@ from .report import write_results
 from .settings import (
     CalibrateSettings, changed, check_counts, check_read, EvaluateSettings, examples_by_kind, Job, PruneSettings, QUICK,
     read_rule, share_of_text)
+from ..methods.block import FORMS
 from ..methods.criteria import CRITERIA, DERIVATIVES, Inputs
 from ..methods.experts import UnitFactors
 from ..methods.layer_walk import check_started_once
@@ -423,10 +424,13 @@ def timed(folder: Path, stage: str) -> Iterator[None]:
     log.info("%s: %.1f seconds", stage, note())
 
 @contextmanager
-def time_and_memory_noted(folder: Path, stage: str, device: torch.device) -> Iterator[None]:
-    "Note the block's seconds, and the memory it takes if it ends well."
-    with memory_taken(device) as taken, timed(folder, stage): yield
-    if taken[0] is not None: note_stage(folder/"memory.json", stage, taken[0], max)
+def time_and_memory_noted(folder: Path, stage: str, model: nn.Module) -> Iterator[None]:
+    "Note the block's seconds, and the memory it takes if it ends well, on the device of the model that takes most."
+    devices = {weight.device for weight in model.parameters()} - {torch.device("meta")}
+    with ExitStack() as stack, timed(folder, stage):
+        taken = [stack.enter_context(memory_taken(device)) for device in devices]
+        yield
+    if known := [most for [most] in taken if most is not None]: note_stage(folder/"memory.json", stage, max(known), max)
 
 # %% ../../nbs/jobs/03_job.ipynb #c046
 def check_origin(path: Path, meta: dict, ready: Ready) -> None:
@@ -444,7 +448,7 @@ def run_losses(ready: Ready, folder: Path, store: Path | None) -> HeadLosses | P
     "The run's table of losses, measured only if it is not there; one of another model raises `BadInput`."
     path, unfinished, settings = folder/"losses.safetensors", folder/"unfinished"/"scores", ready.job.prune
     if not path.exists():
-        with time_and_memory_noted(folder, "scoring", ready.model.device):
+        with time_and_memory_noted(folder, "scoring", ready.model):
             common = (ready.model, ready.calibration)
             rest = (ready.job.model.batch_tokens, store or unfinished, ready.configuration["model"]["tokenizer"])
             if settings.budget is None:
@@ -472,7 +476,7 @@ def attribution_factors(ready: Ready, folder: Path, attribution: str, losses: He
               "attribution": attribution} | ({"aggregation": aggregation} if attribution in UNIT_AWARE else {})
     if not path.exists():
         given = Inputs(calibration=ready.calibration, batch_tokens=ready.job.model.batch_tokens)
-        with time_and_memory_noted(folder, f"attribution/{attribution}", ready.model.device):
+        with time_and_memory_noted(folder, f"attribution/{attribution}", ready.model):
             factors = unit_factors(ready.model, attribution, given, losses, aggregation)
         units = {name: t for name in ("experts", "neurons") if (t := getattr(factors, name, None)) is not None}
         # no zero follows from what is kept beside the factors: float32 takes half the room
@@ -599,7 +603,7 @@ def lacks_model(folder: Path, cell: tuple[str, float], keep: Keep | None) -> boo
 def prune_noted(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pruner, keep: Keep | None) -> Evaluation:
     "Prune for one cell, and keep the report, the time and the memory, once, and the model if it is wanted."
     stage, again = f"{cell_name(*cell)}/prune", report_file(folder, cell).exists()
-    with nullcontext() if again else time_and_memory_noted(folder, stage, ready.model.device): report = pruner(*cell)
+    with nullcontext() if again else time_and_memory_noted(folder, stage, ready.model): report = pruner(*cell)
     save_report(folder, report, mask_fingerprint(ready.model))
     if lacks_model(folder, cell, keep): keep(ready, report, folder/"models"/cell_name(*cell))
     return Evaluation(*cell, report.reached)
@@ -617,26 +621,27 @@ def pruned_anew(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pru
     prune_noted(ready, folder, cell, again, keep)
 
 # %% ../../nbs/jobs/03_job.ipynb #c074
-def repeatable(method: str, device: torch.device) -> bool:
-    "Whether pruning again gives the same zeros: a GPU adds the parts of a derivative in any order."
+def repeatable(method: str, device: torch.device, finished: bool = False) -> bool:
+    "Whether pruning again gives the weights that were measured: a GPU adds the parts of a derivative in any order."
     parts = parse_method(method)
     criterion = CRITERIA.get(parts.base)
-    derived = criterion is not None and {*criterion.needs} & {*DERIVATIVES}
-    return module_of(device) is None or not derived or solves(parts) # a walk keeps its finished layers
+    derived = parts.recovery in FORMS or criterion is not None and {*criterion.needs} & {*DERIVATIVES}
+    walking = solves(parts) and not finished # a walk keeps its finished layers until its cell is measured
+    return module_of(device) is None or not derived or walking
 
 def finish_cell(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pruner, dense: dict[str, torch.Tensor],
                 bar: tqdm, keep: Keep | None = None) -> None:
     "Prune and measure one cell of the comparison, unless it is finished."
-    pieces, path = pieces_of(ready.job), evaluation_folder(folder, *cell)
+    pieces, path, report = pieces_of(ready.job), evaluation_folder(folder, *cell), report_file(folder, cell)
+    made = piece_folder(folder, *cell, ""), folder/"models"/cell_name(*cell), report, path
+    lacking = not (path.exists() and report.exists()) or lacks_model(folder, cell, keep)
+    if lacking and any(map(Path.exists, made)) and not repeatable(cell[0], ready.model.device, path.exists()):
+        log.info("%s is pruned and measured anew, since its weights depend on derivatives", cell_name(*cell))
+        for old in made: remove(old) # the measurement last: without it, a kill in between would leave a mixture
     if path.exists():
-        if not report_file(folder, cell).exists() or lacks_model(folder, cell, keep):
-            pruned_anew(ready, folder, cell, pruner, dense, keep)
+        if lacking: pruned_anew(ready, folder, cell, pruner, dense, keep)
         bar.update(len(pieces))
     else:
-        made = piece_folder(folder, *cell, ""), folder/"models"/cell_name(*cell), report_file(folder, cell)
-        if any(map(Path.exists, made)) and not repeatable(cell[0], ready.model.device): # all of it is of other zeros
-            log.info("%s is pruned and measured anew, since its zeros depend on derivatives", cell_name(*cell))
-            for old in made: remove(old)
         put_back(ready.model, dense)
         if cell[0] != "dense": bar.set_description(f"{cell[0]} {cell[1]:.0%}, pruning")
         empty = prune_noted(ready, folder, cell, pruner, keep)
@@ -644,6 +649,7 @@ def finish_cell(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pru
             measured = [finish_piece(ready, folder, empty, piece, bar, backend) for piece in pieces]
         save_evaluation(together(measured), path, ready.job.evaluate.backend)
     shutil.rmtree(piece_folder(folder, *cell, ""), ignore_errors=True)
+
 
 # %% ../../nbs/jobs/03_job.ipynb #c076
 def possible_cells(ready: Ready) -> tuple[tuple[str, float], ...]:

@@ -205,7 +205,7 @@ import fcntl
 import os
 from datetime import timedelta
 import torch.distributed as dist
-from cap_nb.core.devices import device_named, make_current
+from cap_nb.core.devices import device_named, make_current, module_of
 
 @dataclass(frozen=True)
 class Share:
@@ -269,7 +269,9 @@ def device_of_process(device: str | None) -> str | None: # The device of this pr
         raise BadInput("--device auto was given to several processes of one machine: expected one, since each would "
                        "spread over all its devices; start them apart, each with CUDA_VISIBLE_DEVICES of its own, and "
                        "the later ones with --join.")
-    return f"{here}:{local_rank}" if count > 1 and here != "cpu" and device in (None, here) else device
+    if count == 1 or here == "cpu" or device not in (None, here): return device
+    seen = module_of(torch.device(here)).device_count() # 1 where a cluster shows each process its own device
+    return f"{here}:{0 if seen == 1 else local_rank}"
 
 # %% ../../nbs/methods/00_layer_walk.ipynb #3e05c8f9
 def minimum_of_all(number: int) -> int: # The smallest of all processes' numbers

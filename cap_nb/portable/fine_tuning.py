@@ -197,7 +197,8 @@ def train_on(model: nn.Module, examples: Sequence[Example], settings: FineTuning
                        "model.requires_grad_(True), or give a rank.")
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     # only matrices decay (Loshchilov and Hutter 2019)
-    optimiser = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr)
+    optimiser = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr,
+                                  foreach=False) # which all at once takes four more bytes a weight, on a GPU
     parameters = [*matrices, *others]
     losses = load_state(folder, trained, [optimiser], follows_from).get("losses", []) if folder else []
     for step in tqdm(range(len(losses), settings.steps), desc="training"):
@@ -213,17 +214,25 @@ def train_on(model: nn.Module, examples: Sequence[Example], settings: FineTuning
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #1098b357
 def check_room_to_train(model: nn.Module, rank: int | None) -> None:
-    "Raise `BadInput` where a GPU has no room for float32 weights, gradients and AdamW's moments of every weight."
+    "Raise `BadInput` where a GPU has no room for what a training keeps of every weight, examples left out."
     more = Counter()
-    with inference(model): masked = {p.parameter for p in projections(model)}
+    with inference(model): matrices = {p.parameter for p in projections(model)}
     for weight in model.parameters() if rank is None else ():
-        bytes_each = (16 if weight.requires_grad else 4) + (weight in masked)
+        bytes_each = (16 if weight.requires_grad else 4) + (weight in matrices)
         more[weight.device] += weight.numel() * (bytes_each - weight.element_size())
+    for weight in matrices if rank is not None else ():
+        *stack, rows, columns = weight.shape
+        thin = 16 * math.prod(stack) * rank * (rows + columns)
+        more[weight.device] += weight.numel() * (1 + weight.element_size()) + thin
+    what, kept, least = ("every weight", "weights, gradients and AdamW's two moments in float32", "give a rank, as "
+                         "--rank 8, or") if rank is None else (
+                             f"with rank {rank}", "a mask, changed weights and thin matrices", "give a lower rank, or")
     for device, needed in more.items():
         if module_of(device) is None or needed <= (free := memory_of(device)[0]): continue
-        raise BadInput(f"Training every weight takes {needed / 2**30:.1f} GiB more on {device}, which has "
-                       f"{free / 2**30:.1f} GiB free: expected room for weights, gradients and AdamW's two moments in "
-                       "float32; give a rank, as --rank 8, or spread the model with --device auto.")
+        raise BadInput(f"Training {what} takes {needed / 2**30:.1f} GiB more on {device}, which has "
+                       f"{free / 2**30:.1f} GiB free: expected room for {kept}; {least} spread the model with "
+                       "--device auto.")
+
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c072
 @dataclass(frozen=True)
