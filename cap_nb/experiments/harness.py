@@ -26,6 +26,7 @@ import torch
 from transformers import GenerationConfig
 import cap_nb
 from ..calibration import default_style
+from ..core.devices import module_of
 from ..core.errors import BadInput, check_at_least, imported, validate_arguments
 from ..core.files import read_json, taken_as, whole_file, write_text
 from ..data.problems import Problem, TASKS, task_family
@@ -85,14 +86,14 @@ def write_harness_task(
 
 # %% ../../nbs/experiments/04_harness.ipynb #c031
 @contextmanager
-def undisturbed(device: torch.device | None = None) -> Iterator[None]:
-    "Random states, a GPU's too where one is given, and log levels as before, after a block that changes them."
+def undisturbed(device: torch.device = torch.device("cpu")) -> Iterator[None]:
+    "Random states, a device's too, and log levels as they were before, after a block that changes them."
     states = random.getstate(), np.random.get_state()
     loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers")]
     levels = [logger.level for logger in loggers]
     for logger in loggers: logger.setLevel(logging.ERROR)
     try:
-        with torch.random.fork_rng([device] if device and device.type == "cuda" else []): yield
+        with torch.random.fork_rng([device] if module_of(device) else [], device_type=device.type): yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
