@@ -254,7 +254,7 @@ def recover(
     calibration: Calibration, # The examples that it is trained on
     settings: FineTuning = FineTuning(), # How it is trained
     folder: str | Path | None = None, # Where the state is kept, so that the same call goes on; None keeps none
-    save_every: int = 50, # Steps between two saves; changes no bit
+    save_every: int = 50, # Steps between two saves; on the processor it changes no bit
     teacher: nn.Module | None = None, # Model whose predictions are the targets; None: the examples' own tokens
 ) -> Recovery: # What was done
     "Train a pruned model, its zeros held (Han et al. 2015; Hinton et al. 2015); no zeros or bad settings: `BadInput`."
