@@ -33,6 +33,7 @@ from cap_nb.models.checks import check_anatomy, check_tokens_independent
 from cap_nb.models.families import ATTENTION, FAMILIES, HOLDS, HYBRIDS, Family, add_family, under
 from cap_nb.models.lab import state_rotation
 from cap_nb.models.loading import model_fingerprint
+from cap_nb.models.replay import PrefixCache
 from cap_nb.methods.experts import UnitFactors
 from cap_nb.regions import region_factors
 from cap_nb.scoring import masked_head, score_heads_naive, target_losses
@@ -357,6 +358,22 @@ def test_a_family_of_one_s_own_passes_the_claims(monkeypatch):
     for claim in proofs_of("mpt"):
         if claim != "masking":
             assert proof_error("mpt", claim) <= PROOFS[claim].limit, claim
+
+
+def test_an_end_that_is_described_wrongly_is_told(monkeypatch):
+    """Without the family's factor every loss would be finite and wrong."""
+    model = tiny_model("cohere")
+    check_anatomy(model)
+    monkeypatch.setitem(FAMILIES, "cohere", replace(FAMILIES["cohere"], multiplied_by=None))
+    refuses("do not give the model's own logits", check_anatomy, model)
+
+
+def test_a_prefix_tells_how_long_it_is():
+    """MPT's attention asks its cache for that."""
+    cache, keys = PrefixCache(), torch.ones(1, 2, 3, 4)
+    assert cache.get_seq_length(1) == 0
+    cache.update(keys, keys, 1)
+    assert cache.get_seq_length(1) == 3
 
 
 def test_a_family_holds_query_key_and_value_once_each():

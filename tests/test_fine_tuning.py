@@ -87,6 +87,15 @@ def test_the_room_that_a_training_takes(monkeypatch):
     refuses("Training with rank 8 takes", check_room_to_train, model, 8)
 
 
+def test_every_module_keeps_its_mode():
+    """A part that the caller had in evaluation mode is in it afterwards."""
+    model = tiny_llama().train()
+    model.get_input_embeddings().eval()
+    prune(model, "magnitude", 0.5)
+    recover(model, made_up_calibration(), FEW)
+    assert model.training and not model.get_input_embeddings().training
+
+
 def test_a_broken_low_rank_training_leaves_the_model_as_it_was():
     model = tiny_llama()
     prune(model, "magnitude", 0.5)

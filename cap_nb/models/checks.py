@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from cap_nb.core.errors import BadInput, validate_arguments
 from cap_nb.models.anatomy import (
-    Anatomy, anatomy, decoder_layers, dimensions, expert_counts, key_value_head_of, output_projection, Part, Projection,
-    projections, routing_of)
+    Anatomy, anatomy, decoder_layers, dimensions, expert_counts, final_norm, head_logits, key_value_head_of,
+    output_projection, Part, Projection, projections, routing_of)
 from cap_nb.models.families import HOLDS
 from cap_nb.models.interventions import (
     all_of, changed_input, changed_output, chosen_experts, experts_output, masked_expert, watching)
@@ -110,19 +110,33 @@ def check_tokens_independent(model: nn.Module, ids: torch.Tensor) -> None:
         raise BadInput("With every head masked the tokens still learn of each other: expected the output projections "
                        "to be the only way; heads of this model cannot be masked there.")
 
+# %% ../../nbs/models/09_checks.ipynb #6c936766
+@torch.no_grad()
+def check_end(model: nn.Module, ids: torch.Tensor) -> None:
+    "Raise `BadInput` unless final norm and output head, as they are described, give the model's own logits."
+    outputs = []
+    with changed_output(decoder_layers(model)[-1], watching(outputs.append)):
+        own = model(input_ids=ids, use_cache=False).logits.float()
+    described = head_logits(model, final_norm(model)(first_of(outputs[0]))).float().to(own.device)
+    if not (described - own).abs().max() <= ROUNDING * own.abs().max():
+        raise BadInput("The final norm and the output head do not give the model's own logits: expected that they do; "
+                       "final_norm, after_norm, multiplied_by, divided_by and capped_at of its family describe them.")
+
+
 # %% ../../nbs/models/09_checks.ipynb #c037
 @validate_arguments
 def check_anatomy(
     model: nn.Module, # A causal language model of a known family, in evaluation mode, not pruned; not changed
     layers: Sequence[int] | None = None, # Indices of the layers that are checked; None means the first and the last
 ) -> Anatomy: # Its dimensions
-    "Check that its family describes a model: heads, experts and mask; otherwise raise `BadInput`."
+    "Check that its family describes a model: heads, experts, mask and end; otherwise raise `BadInput`."
     a = anatomy(model)
     ids = torch.arange(1, 7, device=next(model.parameters()).device)[None]
     for layer in sorted({0, a.layers - 1}) if layers is None else layers:
         check_rows(model, layer, ids)
         if routing_of(model, layer): check_routing(model, layer, ids)
     check_tokens_independent(model, ids)
+    check_end(model, ids)
     return a
 
 # %% ../../nbs/models/09_checks.ipynb #11193e2b

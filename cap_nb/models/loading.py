@@ -364,8 +364,8 @@ def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | 
         model.loaded_from = folder
         model.config.return_dict = True # the form of what a model returns, not its content
         tokenizer = load_tokenizer(str(folder))
-        anatomy(model)
-        check_runs(model, folder)
+    anatomy(model) # what a family lacks is no damage of the folder
+    with opened_by_transformers(folder): check_runs(model, folder)
     return in_memory(model if device == "auto" else model.to(device)).eval(), tokenizer
 
 # %% ../../nbs/models/08_loading.ipynb #c050

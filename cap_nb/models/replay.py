@@ -90,7 +90,7 @@ def replayed_heads(model: nn.Module, layer: int, kept: HeadOutputs, copies: int 
 
 # %% ../../nbs/models/04_replay.ipynb #c013
 class PrefixCache:
-    "Keys and values of a shared prefix, by layer, with the one method that a layer calls on its cache."
+    "Keys and values of a shared prefix, by layer, with the methods that a layer calls on its cache."
     def __init__(self) -> None:
         self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {} # Layer -> keys and values, [R, G, P, d] each
 
@@ -103,6 +103,10 @@ class PrefixCache:
         times = len(keys) // len(self.kept[layer][0])
         return tuple(torch.cat([kept.repeat_interleave(times, 0), new], -2)
                      for kept, new in zip(self.kept[layer], (keys, values)))
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        "How many tokens of the prefix a layer knows, which MPT's attention asks."
+        return self.kept[layer][0].shape[-2] if layer in self.kept else 0
 
 # %% ../../nbs/models/04_replay.ipynb #c017
 @dataclass(frozen=True)

@@ -276,7 +276,7 @@ def recover(
     if settings.rank is None: trained = all_of(begin(model) for begin in (in_float32, held_zeros))
     else: trained = trained_by_rank(model, settings.rank, settings.seed)
     with alone_in(folder) if folder else nullcontext(), ExitStack() as stack:
-        stack.callback(model.train, model.training)
+        for module in model.modules(): stack.callback(setattr, module, "training", module.training)
         model.eval()
         stack.enter_context(trained)
         losses = train_on(model, calibration.examples, settings, about, folder, save_every, teacher)
