@@ -637,7 +637,7 @@ def finish_cell(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pru
     lacking = not (path.exists() and report.exists()) or lacks_model(folder, cell, keep)
     if lacking and any(map(Path.exists, made)) and not repeatable(cell[0], ready.model.device, path.exists()):
         log.info("%s is pruned and measured anew, since its weights depend on derivatives", cell_name(*cell))
-        for old in made: remove(old) # the measurement last: without it, a kill in between would leave a mixture
+        for old in made: remove(old) # the measurement last, so that a kill in between begins here again
     if path.exists():
         if lacking: pruned_anew(ready, folder, cell, pruner, dense, keep)
         bar.update(len(pieces))
@@ -649,7 +649,6 @@ def finish_cell(ready: Ready, folder: Path, cell: tuple[str, float], pruner: Pru
             measured = [finish_piece(ready, folder, empty, piece, bar, backend) for piece in pieces]
         save_evaluation(together(measured), path, ready.job.evaluate.backend)
     shutil.rmtree(piece_folder(folder, *cell, ""), ignore_errors=True)
-
 
 # %% ../../nbs/jobs/03_job.ipynb #c076
 def possible_cells(ready: Ready) -> tuple[tuple[str, float], ...]:

@@ -270,8 +270,8 @@ def device_of_process(device: str | None) -> str | None: # The device of this pr
                        "spread over all its devices; start them apart, each with CUDA_VISIBLE_DEVICES of its own, and "
                        "the later ones with --join.")
     if count == 1 or here == "cpu" or device not in (None, here): return device
-    seen = module_of(torch.device(here)).device_count() # 1 where a cluster shows each process its own device
-    return f"{here}:{0 if seen == 1 else local_rank}"
+    own = "CUDA_VISIBLE_DEVICES" in os.environ and module_of(torch.device(here)).device_count() == 1
+    return f"{here}:{0 if own else local_rank}" # a cluster may show each process a device of its own
 
 # %% ../../nbs/methods/00_layer_walk.ipynb #3e05c8f9
 def minimum_of_all(number: int) -> int: # The smallest of all processes' numbers

@@ -116,12 +116,12 @@ def check_end(model: nn.Module, ids: torch.Tensor) -> None:
     "Raise `BadInput` unless final norm and output head, as they are described, give the model's own logits."
     outputs = []
     with changed_output(decoder_layers(model)[-1], watching(outputs.append)):
-        own = model(input_ids=ids, use_cache=False).logits.float()
-    described = head_logits(model, final_norm(model)(first_of(outputs[0]))).float().to(own.device)
-    if not (described - own).abs().max() <= ROUNDING * own.abs().max():
+        own = model(input_ids=ids, use_cache=False).logits
+    described = head_logits(model, final_norm(model)(first_of(outputs[0]))).to(own.device)
+    limit = torch.finfo(own.dtype).eps ** 0.5 * own.abs().max() # the same operations: at most other last bits
+    if not (described - own).abs().max() <= limit:
         raise BadInput("The final norm and the output head do not give the model's own logits: expected that they do; "
                        "final_norm, after_norm, multiplied_by, divided_by and capped_at of its family describe them.")
-
 
 # %% ../../nbs/models/09_checks.ipynb #c037
 @validate_arguments

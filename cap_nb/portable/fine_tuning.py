@@ -198,7 +198,7 @@ def train_on(model: nn.Module, examples: Sequence[Example], settings: FineTuning
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     # only matrices decay (Loshchilov and Hutter 2019)
     optimiser = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.lr,
-                                  foreach=False) # which all at once takes four more bytes a weight, on a GPU
+                                  foreach=False) # a GPU would take room for all weights at once
     parameters = [*matrices, *others]
     losses = load_state(folder, trained, [optimiser], follows_from).get("losses", []) if folder else []
     for step in tqdm(range(len(losses), settings.steps), desc="training"):
@@ -224,15 +224,14 @@ def check_room_to_train(model: nn.Module, rank: int | None) -> None:
         *stack, rows, columns = weight.shape
         thin = 16 * math.prod(stack) * rank * (rows + columns)
         more[weight.device] += weight.numel() * (1 + weight.element_size()) + thin
-    what, kept, least = ("every weight", "weights, gradients and AdamW's two moments in float32", "give a rank, as "
-                         "--rank 8, or") if rank is None else (
-                             f"with rank {rank}", "a mask, changed weights and thin matrices", "give a lower rank, or")
+    what, kept, instead = "every weight", "weights, gradients and AdamW's two moments in float32", "a rank, as --rank 8"
+    if rank is not None:
+        what, kept, instead = f"with rank {rank}", "a mask, changed weights and thin matrices", "a lower rank"
     for device, needed in more.items():
         if module_of(device) is None or needed <= (free := memory_of(device)[0]): continue
         raise BadInput(f"Training {what} takes {needed / 2**30:.1f} GiB more on {device}, which has "
-                       f"{free / 2**30:.1f} GiB free: expected room for {kept}; {least} spread the model with "
-                       "--device auto.")
-
+                       f"{free / 2**30:.1f} GiB free: expected room for {kept}; give {instead}, or spread "
+                       "the model with --device auto.")
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c072
 @dataclass(frozen=True)
