@@ -71,16 +71,16 @@ def region_factors_naive(model: nn.Module, factors: Factors | torch.Tensor) -> d
     "By projection, a factor for every single weight, [out, in], written out (paper equation 4)."
     factors, groups, written = as_factors(factors), anatomy(model).key_value_heads, {}
     for p in projections(model):
-        written[p.name] = torch.full(p.weight.shape, torch.nan)
+        written[p.name] = torch.full(p.weight.shape, torch.nan, dtype=torch.float32)
         for rows, columns, factor in blocks(p, factors, groups): written[p.name][rows, columns] = factor
     return written
 
 # %% ../nbs/03_regions.ipynb #20e81d6e
 def broadcast_factor(spans: list[tuple[int, int, float]], in_columns: bool) -> torch.Tensor:
     "The factors of a projection in the smallest form that broadcasts: [out, 1], [1, in] or [1, 1], float32."
-    if len(spans) == 1: return torch.full((1, 1), spans[0][2])
+    if len(spans) == 1: return torch.full((1, 1), spans[0][2], dtype=torch.float32)
     widths = torch.tensor([stop - start for start, stop, _ in spans])
-    along = torch.tensor([factor for *_, factor in spans]).repeat_interleave(widths)
+    along = torch.tensor([factor for *_, factor in spans], dtype=torch.float32).repeat_interleave(widths)
     return along[None, :] if in_columns else along[:, None]
 
 # %% ../nbs/03_regions.ipynb #dbd0765b

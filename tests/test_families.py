@@ -7,15 +7,15 @@ import torch
 import transformers
 from proofs import PROOFS, RECORD, TINY_MODELS, proof_error, proofs_of, tiny_calibration, tiny_factors, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, GPTNeoConfig, GPTNeoForCausalLM
 
 from cap_nb.calibration import Calibration
 from fixtures import made_up_calibration, refuses, tiny_llama
 from hub import byte_tokenizer
 from cap_nb.core.files import read_checked
-from cap_nb.core.registry import additions_undone
+from cap_nb.core.registry import ADDED, additions_undone
 from cap_nb.data.prompts import collate
-from cap_nb.methods.resumed_scoring import score_heads, shared_prefix
+from cap_nb.methods.resumed_scoring import score_divergences, score_heads, shared_prefix
 from cap_nb.jobs.job import copied_weights, put_back
 from cap_nb.jobs.planning import read_sizes
 from cap_nb.jobs.records import mask_fingerprint
@@ -27,10 +27,11 @@ from cap_nb.methods.neurons import down_projection, masked_neurons, neuron_estim
 from cap_nb.methods.screening import screen_heads
 from cap_nb.methods.explainable_masks import prune_heads, sizes_of_heads, weights_removed
 from cap_nb.models import anatomy as anatomies
-from cap_nb.models.anatomy import anatomy, expert_counts, projections
+from cap_nb.models.anatomy import anatomy, check_computes_the_same, expert_counts, projections
 from cap_nb.models.decoding import generate_greedy
 from cap_nb.models.checks import check_anatomy, check_tokens_independent
-from cap_nb.models.families import ATTENTION, FAMILIES, HOLDS, HYBRIDS, Family, add_family, under
+from cap_nb.models.families import ATTENTION, FAMILIES, HOLDS, HYBRIDS, LLAMA, Family, add_family, family_of, under
+from cap_nb.models.interventions import masked_expert
 from cap_nb.models.lab import state_rotation
 from cap_nb.models.loading import load_model, model_fingerprint
 from cap_nb.models.replay import PrefixCache
@@ -378,6 +379,87 @@ def test_a_prefix_tells_how_long_it_is():
     assert cache.get_seq_length(1) == 0
     cache.update(keys, keys, 1)
     assert cache.get_seq_length(1) == 3
+
+
+GPT_NEO = Family("transformer.h", "transformer.ln_f",
+                 under("attn.attention", query="q_proj", key="k_proj", value="v_proj", output="out_proj") | under("mlp", up="c_fc", down="c_proj"))
+
+
+@pytest.mark.parametrize("score", [score_heads, score_divergences])
+def test_a_family_whose_layers_do_not_give_the_model_s_loss_one_by_one_is_not_scored(score):
+    """GPT-Neo places its window by the number of positions that it is handed, and the last layer is handed targets only."""
+    def tiny(window):
+        torch.manual_seed(0)
+        return GPTNeoForCausalLM(GPTNeoConfig(vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+                                              window_size=window, max_position_embeddings=64, bos_token_id=1, eos_token_id=2)).eval()
+
+    with additions_undone():
+        add_family("gpt_neo", GPT_NEO)
+        check_anatomy(tiny(4))  # six tokens do not show it
+        score(tiny(64), tiny_calibration())
+        refuses("miss the model's own loss by", score, tiny(4), tiny_calibration())
+        model = tiny(64)
+        attention = model.transformer.h[0].attn.attention
+        attention.register_forward_hook(lambda module, args, output: (module.out_proj(output[0]), *output[1:]))
+        refuses("calls 2 layers and 3 output projections", score, model, tiny_calibration())
+
+
+def test_a_description_is_looked_at_before_the_work(monkeypatch):
+    model = tiny_llama()
+    def described(**changes):
+        monkeypatch.setitem(FAMILIES, "llama", replace(LLAMA, **changes))
+        return model
+    refuses("no attribute 'last_norm': expected a module, or None", anatomy, described(final_norm="model.last_norm"))
+    refuses("has no logits_scale: expected the number", anatomy, described(multiplied_by="logits_scale"))
+    swapped = LLAMA.roles | {"up": LLAMA.roles["down"], "down": LLAMA.roles["up"]}
+    refuses("the MLP does not lie as described", anatomy, described(roles=swapped))
+    anatomy(described())
+    layers = model.model.layers
+    layers[1].self_attn.q_proj.weight = layers[0].self_attn.q_proj.weight
+    refuses("model.layers.0.self_attn.q_proj and model.layers.1.self_attn.q_proj share one weight", anatomy, model)
+
+
+def test_experts_have_gate_up_and_down_and_their_functions_are_noted():
+    experts, codes = FAMILIES["gpt_oss"].experts, []
+    for stacked in ({"gate_up": "w13"}, {"up": "u", "down": "d"}, {"gate": "g", "gate_up": "gu", "down": "d"}):
+        refuses("of experts: expected gate, up and down once each", add_family, "other", replace(FAMILIES["gpt_oss"], experts=replace(experts, stacked=stacked)))
+    def times(holder, gate, up): return gate * up
+    def plus(holder, gate, up): return gate + up
+    plus.__qualname__ = times.__qualname__
+    for product in (times, plus):
+        with additions_undone():
+            add_family("other", replace(FAMILIES["gpt_oss"], experts=replace(experts, product=product)))
+            codes.append(ADDED[-1].code)
+    assert codes[0] != codes[1]
+    broken = replace(LLAMA, roles={"query": "q"})
+    refuses("query, key and value once each", add_family, "other", replace(LLAMA, where_none=("q_lora_rank", broken)))
+
+
+def test_dropout_is_seen_that_no_setting_names():
+    model = tiny_llama()
+    model.model.layers[0].mlp.act_fn = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Dropout(0.1))
+    refuses("has dropout: expected evaluation mode", check_computes_the_same, model.train())
+    check_computes_the_same(model.eval())
+
+
+def test_a_model_with_its_language_model_inside_is_not_told_to_describe_it():
+    refuses("holds its language model's settings inside its own: expected a language model alone", family_of, Gemma3Config())
+
+
+def test_factors_are_float32_whatever_torch_s_default_is():
+    model, factors = tiny_llama(), tiny_factors(tiny_llama())
+    expected = region_factors(model, factors)
+    torch.set_default_dtype(torch.bfloat16)
+    try: found = region_factors(model, factors)
+    finally: torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(found[name], expected[name]) and found[name].dtype == torch.float32 for name in expected)
+
+
+def test_a_router_that_returns_logits_alone_is_refused():
+    model = tiny_model("mixtral")
+    router = model.model.layers[0].mlp.gate
+    with router.register_forward_hook(lambda module, args, output: output[0]), masked_expert(model, 0, 1):
+        refuses("does not return weights and indices", router, torch.ones(3, router.weight.shape[1]))
 
 
 def test_a_family_holds_query_key_and_value_once_each():

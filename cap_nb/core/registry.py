@@ -94,7 +94,7 @@ def error_in_words(error: BaseException, file: str) -> str:
     return f"line {lines[-1]}: {message}" if lines else message
 
 def hash_of_tensors(given: object) -> str: # 32 hexadecimal digits
-    "A hash of every number in what a function is given: a model, tensors, or objects and tables that hold some."
+    "A hash of every number, and a model's modes and hooks, in what a function is given, alone or in objects."
     import torch # here, since `cap --help` reads this module and needs no torch
     digest, waiting = hashlib.blake2b(digest_size=16), [given]
     while waiting:
@@ -102,7 +102,10 @@ def hash_of_tensors(given: object) -> str: # 32 hexadecimal digits
         if isinstance(value, torch.Tensor):
             if not (value.is_meta or value.is_sparse):
                 digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        elif isinstance(value, torch.nn.Module): waiting += [*value.parameters(), *value.buffers()]
+        elif isinstance(value, torch.nn.Module):
+            digest.update(repr([(module.training, len(module._forward_pre_hooks), len(module._forward_hooks))
+                                for module in value.modules()]).encode())
+            waiting += [*value.parameters(), *value.buffers()]
         elif isinstance(value, dict): waiting += value.values()
         elif isinstance(value, (list, tuple)): waiting += value
         elif hasattr(value, "__dict__") and not isinstance(value, type): waiting += vars(value).values()

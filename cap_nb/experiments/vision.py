@@ -54,7 +54,6 @@ class ImageReader(nn.Module):
         self.config, self.kind, self.classifier = copy.copy(model.config), kind, model.classifier
         self.config.model_type = f"{self.kind}-reader" # as the family is called
         self.add_module(self.kind, Backbone(model, images))
-        self.eval()
 
     @property
     def tokens(self) -> int:

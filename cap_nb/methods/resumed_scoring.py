@@ -351,6 +351,28 @@ def anything_missing(plan: ScoringPlan, losses: dict[Unit, torch.Tensor]) -> boo
                 if missing: return True
     return False
 
+# %% ../../nbs/methods/02_resumed_scoring.ipynb #93ed8362
+from cap_nb.core.registry import ADDED
+from cap_nb.models.interventions import all_of
+from cap_nb.scoring import target_losses
+
+def check_walk(model: nn.Module, plan: ScoringPlan, state: BatchState, targets: Targets) -> None:
+    "Raise `BadInput` unless the intact layers, one by one, give a batch the losses that the whole model gives it."
+    name, layers, targets, read = type(model).__name__, range(len(plan.groups)), replace(targets, intact=None), []
+    examples = [plan.calibration.examples[index] for index in state.indices]
+    whole = target_losses(model, collate(examples, pad_id=0, device=state.mask.device)).cpu()
+    with all_of(changed_input(output_projection(model, layer), watching(read.append)) for layer in layers):
+        for layer in layers:
+            hidden, _ = intact_step(model, state, targets, layer, plan.prefix and plan.prefix.cache)
+            state = replace(state, hidden=hidden)
+    if len(read) != len(layers) or len(state.calls) != len(layers):
+        raise BadInput(f"{name} calls {len(state.calls)} layers and {len(read)} output projections: expected each of "
+                       f"its {len(layers)} layers, with its output projection, once; its heads cannot be masked.")
+    off = (measured_at_targets(model, state.hidden, targets) - whole).abs()
+    if not (off <= torch.finfo(state.hidden.dtype).eps ** 0.5 * (1 + whole)).all():
+        raise BadInput(f"The layers of {name}, run one by one, miss the model's own loss by {off.max():.2g} nats: "
+                       "expected it; check its family with check_anatomy, and if that passes, take score_heads_naive.")
+
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #d15ktab2
 from cap_nb.core.errors import check_fields
 from cap_nb.core.files import read_tensors, taken_as, write_tensors
@@ -406,6 +428,8 @@ def computed_table(model: nn.Module, calibration: Calibration, request: Request,
                    fingerprint: str) -> HeadLosses: # NaN for heads that were not wanted
     "Compute units until none is missing, read the others' from the store, and put the table together."
     plan, states = make_plan(model, calibration, request, units)
+    if any(each.kind == "family" and each.name == model.config.model_type for each in ADDED):
+        for state, targets in zip(states, plan.targets): check_walk(model, plan, state, targets)
     with disk_full_reported(plan.store.folder, "what was finished is kept"):
         if plan.store.folder:
             plan.store.folder.mkdir(parents=True, exist_ok=True)

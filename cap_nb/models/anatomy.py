@@ -241,7 +241,8 @@ def check_computes_the_same(model: nn.Module) -> None:
                        "config.json.")
     draws = any(("drop" in name or "jitter" in name) and isinstance(share, float) and share > 0
                 for name, share in settings.items())
-    if draws and any(module.training for module in model.modules()):
+    if any(module.training and (draws or getattr(module, "p", 0) and isinstance(module, nn.Dropout))
+           for module in model.modules()):
         raise BadInput("The model is in training mode and has dropout: expected evaluation mode, in which nothing is "
                        "drawn at random; call model.eval().")
     for name, module in model.named_modules():
@@ -346,7 +347,10 @@ def decoded(model: nn.Module, batch: dict[str, torch.Tensor]) -> object: # As th
 def final_norm(model: nn.Module) -> nn.Module:
     "The norm before the output head, with what follows it; a model without either gets the identity."
     family = family_of(model.config)
-    steps = [attrgetter(path)(model) for path in (family.final_norm, family.after_norm) if path]
+    try: steps = [attrgetter(path)(model) for path in (family.final_norm, family.after_norm) if path]
+    except AttributeError as error:
+        raise BadInput(f"{error}: expected a module, or None, where the family has its final_norm and its after_norm; "
+                       "mend the path.") from None
     steps = [module for module in steps if module is not None]
     return steps[0] if len(steps) == 1 else nn.Sequential(*steps)
 
@@ -370,18 +374,20 @@ def attention_shapes(matrices: Sequence[Projection], a: Anatomy) -> dict[str, tu
     return shapes | {"output": (a.hidden_size, a.heads * a.head_size)}
 
 def check_shapes(matrices: Sequence[Projection], a: Anatomy) -> None:
-    "Raise `BadInput` if a projection of the attention, or of an expert, has another shape than it must."
+    "Raise `BadInput` if a projection has another shape than the configuration, or its block's `down`, demands."
     by_role = attention_shapes(matrices, a)
     widths = {(p.layer, p.expert): p.weight.shape[1] for p in matrices if p.role == "down"}
     for p in matrices:
         shape = tuple(p.weight.shape)
-        expected, why = by_role.get(p.role, shape), " from the configuration; its layout is not the one described."
-        if p.expert is not None:
-            width, why = widths[p.layer, p.expert], "; the experts do not lie as described."
+        if p.role.endswith("_latent"): continue # any width will do
+        if p.role in by_role: expected, why = by_role[p.role], " from the configuration; its layout is not the one"
+        else:
+            width, what = widths[p.layer, p.expert], "MLP does" if p.expert is None else "experts do"
+            why = f"; the {what} not lie as"
             expected = {"gate_up": (2 * width, a.hidden_size), "down": (a.hidden_size, width)}.get(
                 p.role, (width, a.hidden_size))
         if shape != expected:
-            raise BadInput(f"{p.name} has shape {list(shape)}: expected {list(expected)}{why}")
+            raise BadInput(f"{p.name} has shape {list(shape)}: expected {list(expected)}{why} described.")
 
 def routing_weights(matrices: Sequence[Projection]) -> list[nn.Parameter]:
     "What is deliberately not in scope: what chooses and weighs experts."
@@ -401,6 +407,23 @@ def check_nothing_left_out(model: nn.Module, matrices: Sequence[Projection]) -> 
             raise BadInput(f"{name} is a weight that the description of {model.config.model_type!r} leaves out: "
                            "expected none; merge adapters into the model, or describe its family anew.")
 
+def check_nothing_twice(matrices: Sequence[Projection]) -> None:
+    "Raise `BadInput` if two projections have one weight, which would be counted twice and masked by both factors."
+    first = {}
+    for p in matrices:
+        other = first.setdefault((id(p.parameter), p.expert if p.in_stack else None), p)
+        if other is not p:
+            raise BadInput(f"{other.name} and {p.name} share one weight: expected one for each; copy it in one.")
+
+def check_end_described(model: nn.Module) -> None:
+    "Raise `BadInput` if a final norm, or a setting of the output head, is not where the family says."
+    final_norm(model)
+    family = family_of(model.config)
+    for setting in filter(None, (family.multiplied_by, family.divided_by)):
+        if not hasattr(model.config, setting):
+            raise BadInput(f"The configuration has no {setting}: expected the number by which logits are multiplied or "
+                           "divided; mend multiplied_by or divided_by of the family.")
+
 # %% ../../nbs/models/01_anatomy.ipynb #c087
 @validate_arguments
 def anatomy(
@@ -417,4 +440,6 @@ def anatomy(
                        "set num_hidden_layers.")
     check_shapes(matrices, a)
     check_nothing_left_out(model, matrices)
+    check_nothing_twice(matrices)
+    check_end_described(model)
     return a

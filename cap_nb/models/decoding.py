@@ -39,14 +39,18 @@ def stop_tokens(model: torch.nn.Module, tokenizer: object) -> tuple[int, ...]:
 
 # %% ../../nbs/models/10_decoding.ipynb #c012
 @contextmanager
-def inference(model: torch.nn.Module) -> Iterator[None]:
-    "Evaluation mode without gradients; the previous mode of every module comes back at the end."
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    "Evaluation mode; the previous mode of every module comes back at the end."
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    try:
-        with torch.inference_mode(): yield
+    try: yield
     finally:
         for module, training in modes: module.training = training
+
+@contextmanager
+def inference(model: torch.nn.Module) -> Iterator[None]:
+    "Evaluation mode without gradients."
+    with evaluating(model), torch.inference_mode(): yield
 
 # %% ../../nbs/models/10_decoding.ipynb #c013
 @dataclass(frozen=True)

@@ -184,11 +184,33 @@ def family_of(config: object) -> Family:
     if reads_images(named):
         raise BadInput(f"Model type {kind!r} is an image model: expected a language model; a ViT or DeiT is scored and "
                        "pruned in Python, through ImageReader of cap_nb.experiments.vision.")
+    if hasattr(config, "get_text_config") and config.get_text_config() is not config:
+        raise BadInput(f"Model type {kind!r} holds its language model's settings inside its own: expected a language "
+                       "model alone; load that part of it in a class of its own, as Gemma3ForCausalLM is one.")
     if any(getattr(config, name, None) for name in EXPERT_SETTINGS):
         raise BadInput(f"Model type {kind!r} is a mixture of experts that is not described: expected one of {known}; "
                        "say with add_family where its experts and its router lie.")
     raise BadInput(f"The anatomy of model type {kind!r} is not known: expected one of {known}; load a model of such a "
                    "class or describe its family with add_family of cap_nb.models.families.")
+
+# %% ../../nbs/models/00_families.ipynb #49b6ff3b
+def check_roles(model_type: str, family: Family) -> None:
+    "Raise `BadInput` for roles that are not known, and where one is missing, or there twice."
+    about, named = family.experts, f"The family of {model_type!r} has roles"
+    of_experts = [roles for roles in (about.listed, about.stacked, about.shared) if roles] if about else []
+    unknown = sorted({role for roles in (family.roles, *of_experts) for role in roles} - set(ALL_ROLES))
+    if unknown:
+        raise BadInput(f"{named} {', '.join(unknown)}: expected some of {', '.join(ALL_ROLES)}; "
+                       "choose the role whose rows are shared out the same way.")
+    held = sorted(kind for role in family.roles if role != "output" for kind in HOLDS.get(role, ()))
+    if not {"output", "down"} <= set(family.roles) or held != ["key", "query", "value"]:
+        raise BadInput(f"{named} {', '.join(family.roles)}: expected output, down, and query, key and value once each, "
+                       "alone or fused; add what is missing, or leave out what is there twice.")
+    for roles in of_experts:
+        made = sorted(kind for role in roles for kind in FUSES.get(role, (role,)))
+        if made != ["down", "gate", "up"]:
+            raise BadInput(f"{named} {', '.join(roles)} of experts: expected gate, up and down once each, alone or "
+                           "fused; add what is missing, or leave out what is there twice.")
 
 # %% ../../nbs/models/00_families.ipynb #c048
 @validate_arguments
@@ -200,15 +222,10 @@ def add_family(
     if model_type in FAMILIES:
         raise BadInput(f"Model type {model_type!r} is known already: expected a new one; use the family it has.")
     check_new_name(model_type, "family", FAMILIES, WORD)
-    for function in (family.groups, family.widths): check_takes(function, f"family {model_type!r}", "config")
-    named = f"The family of {model_type!r} has roles"
-    unknown = sorted(set(family.roles) - set(ALL_ROLES))
-    if unknown:
-        raise BadInput(f"{named} {', '.join(unknown)}: expected some of {', '.join(ALL_ROLES)}; "
-                       "choose the role whose rows are shared out the same way.")
-    held = sorted(kind for role in family.roles if role != "output" for kind in HOLDS.get(role, ()))
-    if not {"output", "down"} <= set(family.roles) or held != ["key", "query", "value"]:
-        raise BadInput(f"{named} {', '.join(family.roles)}: expected output, down, and query, key and value once each, "
-                       "alone or fused; add what is missing, or leave out what is there twice.")
-    add("family", model_type, [(FAMILIES, family)], [family.groups, family.widths],
-        re.sub(r" at 0x\w+", "", repr(family)))
+    described, functions = [family, *(family.where_none or ())[1:]], []
+    for each in described:
+        for function in (each.groups, each.widths): check_takes(function, f"family {model_type!r}", "config")
+        check_roles(model_type, each)
+        product = each.experts and each.experts.product
+        functions += [each.groups, each.widths, *([product] if product else [])]
+    add("family", model_type, [(FAMILIES, family)], functions, re.sub(r" at 0x\w+", "", repr(family)))

@@ -85,7 +85,10 @@ def masked_expert(model: nn.Module, layer: int, expert: int) -> AbstractContextM
         raise BadInput(f"Layer {layer} has no expert {expert}: expected one of its {count}; "
                        f"expert_counts says how many each layer has.")
     if not routing.stacked: return changed_output(routing.experts[expert], torch.zeros_like)
-    def unweighted(output: tuple) -> tuple:
+    def unweighted(output: object) -> tuple:
+        if not isinstance(output, tuple) or output[-1].is_floating_point():
+            raise BadInput(f"The router of layer {layer} does not return weights and indices of the chosen experts: "
+                           "expected them, in this order; an expert cannot be masked there.")
         *logits, weights, indices = output
         every = torch.arange(routing.count, device=indices.device) # the order of weights where all have one
         return *logits, weights.masked_fill((indices if logits else every) == expert, 0), indices

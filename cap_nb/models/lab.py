@@ -121,17 +121,23 @@ def shape_of(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> dict[str, ob
             "max_position_embeddings": recipe.window, "tie_word_embeddings": True, "initializer_range": recipe.spread,
             "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    "While the block runs, torch draws from a seed; then the caller's generator goes on where it was."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
 def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     "A small Llama as transformers writes it, untrained, in float32."
-    torch.manual_seed(recipe.seed)
-    return LlamaForCausalLM(LlamaConfig(**shape_of(recipe, tokenizer)))
+    with seeded(recipe.seed): return LlamaForCausalLM(LlamaConfig(**shape_of(recipe, tokenizer)))
 
 def new_experts_model(recipe: ExpertsRecipe, tokenizer: PreTrainedTokenizerFast) -> MixtralForCausalLM:
     "A small Mixtral (Jiang et al. 2024) as transformers writes it, untrained, in float32."
-    torch.manual_seed(recipe.seed)
-    model = MixtralForCausalLM(MixtralConfig(
+    config = MixtralConfig(
         **shape_of(recipe, tokenizer), num_local_experts=recipe.experts, num_experts_per_tok=recipe.chosen,
-        router_aux_loss_coef=recipe.balance, rms_norm_eps=1e-6, rope_theta=10_000.0))
+        router_aux_loss_coef=recipe.balance, rms_norm_eps=1e-6, rope_theta=10_000.0)
+    with seeded(recipe.seed): model = MixtralForCausalLM(config)
     model.set_attn_implementation("eager") # on a CPU its backward pass is the faster one; the weights are the same
     return model
 

@@ -29,7 +29,7 @@ from ..jobs.settings import check_tuning, FineTuning
 from ..methods.block import in_float32
 from ..methods.resumed_scoring import divergence_of_logits, target_logits
 from ..models.anatomy import check_length, projections
-from ..models.decoding import inference
+from ..models.decoding import evaluating, inference
 from ..models.interventions import all_of
 from ..models.lab import STATE, load_state, save_state, step_optimizers
 from ..models.loading import check_all_here, model_fingerprint, save_model
@@ -274,10 +274,7 @@ def recover(
     about = {"settings": asdict(settings), "model": before, "calibration": calibration.fingerprint, "teacher": taught}
     if settings.rank is None: trained = all_of(begin(model) for begin in (in_float32, held_zeros))
     else: trained = trained_by_rank(model, settings.rank, settings.seed)
-    with alone_in(folder) if folder else nullcontext(), ExitStack() as stack:
-        for module in model.modules(): stack.callback(setattr, module, "training", module.training)
-        model.eval()
-        stack.enter_context(trained)
+    with alone_in(folder) if folder else nullcontext(), evaluating(model), trained:
         losses = train_on(model, calibration.examples, settings, about, folder, save_every, teacher)
     masks = [each.zeros for each in held_parameters(model)] # of the dtype that is saved, in which more may be zero
     zeros, weights = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
