@@ -289,8 +289,8 @@ def spectra_flops(sizes: Sizes) -> float:
 
 # %% ../../nbs/jobs/04_planning.ipynb #c034
 TAKING_TURNS = ("one layer at work", "logits", "scores of one matrix", "one matrix solved") # Never two at a time
-BY_LAYER = ("keys and values", "gradients", "activations of a batch", "masks and dense weights",
-            "sums and weights along a path") # Lie with their layers, where these are spread over devices
+BY_LAYER = ("keys and values", "gradients", "activations of a batch", "masks and dense weights") # Lie with their
+# layers, where these are spread over devices
 
 def at_once(memory: dict[str, float]) -> int:
     "The most bytes that a stage needs at one time, beside the weights."
@@ -573,7 +573,7 @@ def method_stages(load: Workload) -> list[Stage]:
     needed = {method: pruning_stages(method) for method in methods}
     one_by_one, on_path = batch_shapes(load.lengths, 1), {}
     if any(times[GRADIENT] >= PATH_POINTS for times in needed.values()):
-        on_path = {"sums and weights along a path": sizes.scope * (4 + load.width)}
+        on_path = {"weights along a path": sizes.scope * load.width} if load.on_cpu else {} # else in main memory
     stages = [
         stage_of(load, THRESHOLD, {"scores of one matrix": 12 * sizes.widest + 40 * 2**16}, # and counts of bit patterns
                  read=READS * sizes.scope),

@@ -98,10 +98,12 @@ def add_criterion(
 
 # %% ../../nbs/methods/11_criteria.ipynb #c020
 def loss_gradients(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096,
-                   measure: Callable[..., torch.Tensor] = intact_losses) -> dict[str, torch.Tensor]: # float32 [out, in]
-    "The gradient of the calibration loss for every weight in scope; holds a float32 copy of them."
+                   measure: Callable[..., torch.Tensor] = intact_losses,
+                   totals: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]: # float32 [out, in]
+    "The gradient of the calibration loss for every weight in scope, added to `totals`; holds a float32 copy of them."
     scope = projections(model)
-    totals = {p.name: torch.zeros(p.weight.shape, dtype=torch.float32, device=p.weight.device) for p in scope}
+    if totals is None:
+        totals = {p.name: torch.zeros(p.weight.shape, dtype=torch.float32, device=p.weight.device) for p in scope}
     n = len(calibration.examples)
     scale = 2 ** n.bit_length() # a mean's gradients may be too small for float16; a power of two rounds nothing
     with wanting_gradients(scope):
@@ -122,7 +124,8 @@ def relevance_gradients(model: nn.Module, calibration: Calibration,
 @contextmanager
 def scaled_weights(model: nn.Module, by: float) -> Iterator[None]:
     "While the block runs, every weight in scope is multiplied by a number; then it is what it was, bit for bit."
-    kept = {weight: weight.detach().clone() for weight in {p.parameter: None for p in projections(model)}}
+    weights = dict.fromkeys(p.parameter for p in projections(model))
+    kept = {weight: weight.detach().to("cpu", copy=True) for weight in weights} # a GPU has no room for them
     try:
         for weight in kept: weight.data.mul_(by)
         yield
@@ -135,14 +138,11 @@ PATH_POINTS = 8 # Of a path of integrated gradients; each costs a forward and a 
 def path_gradients(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096,
                    points: int = PATH_POINTS) -> dict[str, torch.Tensor]: # float32 [out, in]
     "The gradient averaged while all weights in scope grow from zero (Sundararajan et al. 2017, equation 1)."
-    total = {}
+    totals = None # one set of sums for all points: it is twice as large as a model in bfloat16
     for point in range(points):
-        with scaled_weights(model, (point + 0.5) / points): slopes = loss_gradients(model, calibration, batch_tokens)
-        for name, slope in slopes.items():
-            if point: total[name] += slope / points
-            else: total[name] = slope.div_(points)
-        del slopes # they are as large as the sums
-    return total
+        with scaled_weights(model, (point + 0.5) / points):
+            totals = loss_gradients(model, calibration, batch_tokens, totals=totals)
+    return {name: total.div_(points) for name, total in totals.items()}
 
 def dense_regional_gradients(model: nn.Module, calibration: Calibration,
                              batch_tokens: int = 4096) -> dict[str, torch.Tensor]: # float32 [out, in]
