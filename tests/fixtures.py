@@ -57,11 +57,11 @@ def labs_read_once():
     """The lab's checkpoints are read hundreds of times; a copy takes a fifth of the time. Whether one is whole is still asked each time."""
     read, models = AutoModelForCausalLM.from_pretrained, {}
 
-    def copied(folder, dtype):
+    def copied(folder, dtype, **options):
         if folder not in lab.LABS.values():
-            return read(folder, dtype=dtype)
+            return read(folder, dtype=dtype, **options)
         if (folder, dtype) not in models:
-            models[folder, dtype] = read(folder, dtype=dtype)
+            models[folder, dtype] = read(folder, dtype=dtype, **options)
         return copy.deepcopy(models[folder, dtype])
 
     with patch.object(lab, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=copied)):

@@ -435,6 +435,15 @@ def test_experts_have_gate_up_and_down_and_their_functions_are_noted():
     refuses("query, key and value once each", add_family, "other", replace(LLAMA, where_none=("q_lora_rank", broken)))
 
 
+def test_a_model_with_compiled_code_of_the_hub_is_refused_on_a_gpu(monkeypatch):
+    """transformers 5.25 replaces norms, activations and rotations there unasked, by code that no backward pass goes through."""
+    model = tiny_llama()
+    model._use_kernels = True
+    anatomy(model)
+    monkeypatch.setattr(anatomies, "module_of", lambda device: torch.cuda)
+    refuses("load it with use_kernels=False", anatomy, model)
+
+
 def test_dropout_is_seen_that_no_setting_names():
     model = tiny_llama()
     model.model.layers[0].mlp.act_fn = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Dropout(0.1))

@@ -13,6 +13,7 @@ from operator import attrgetter
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from cap_nb.core.devices import module_of
 from cap_nb.core.errors import BadInput, check_index, validate_arguments
 from cap_nb.models.families import Experts, family_of, FUSES, HOLDS
 
@@ -245,6 +246,10 @@ def check_computes_the_same(model: nn.Module) -> None:
            for module in model.modules()):
         raise BadInput("The model is in training mode and has dropout: expected evaluation mode, in which nothing is "
                        "drawn at random; call model.eval().")
+    replaced = any(getattr(module, "use_kernels", False) for module in model.modules())
+    if replaced and module_of(next(model.parameters()).device): # nothing is, on a processor
+        raise BadInput("Parts of the model are replaced by compiled code of the hub, as transformers 5.25 does unasked "
+                       "on a GPU: expected its own modules; load it with use_kernels=False.")
     for name, module in model.named_modules():
         if getattr(module, "slow_but_exact", False) and getattr(module, "pretraining_tp", 1) > 1:
             raise BadInput(f"{name} is slow_but_exact: no output projection is called, and no mask reaches a head: "

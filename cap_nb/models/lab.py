@@ -443,7 +443,7 @@ def lab_model(dtype: torch.dtype | None = None, device: str | torch.device | Non
               folder: Path = CHECKPOINT) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     "The lab model of the package; a damaged checkpoint raises `BadInput`."
     tokenizer = lab_tokenizer(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32, use_kernels=False)
     return model.to(device or "cpu").eval(), tokenizer
 
 # %% ../../nbs/models/06_lab.ipynb #7199c5e9

@@ -347,7 +347,8 @@ def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | 
         config = config_of(folder)
         family_of(config)
         check_not_quantised(config, str(folder))
-        options = {"output_loading_info": True} | ({"device_map": "auto"} if device == "auto" else {})
+        options = {"output_loading_info": True, "use_kernels": False} # 5.25 would fetch compiled code from the hub
+        if device == "auto": options["device_map"] = "auto"
         if loader:
             held, read = loader.weights(folder)
             check_complete(folder, config, held)
@@ -443,7 +444,7 @@ def dequantised(gguf: Path) -> tuple[nn.Module, object]:
     with tempfile.TemporaryDirectory() as alone: # what lies beside the file may be another model's
         (Path(alone)/gguf.name).symlink_to(gguf.resolve())
         loaded = nothing_made_up(gguf, AutoModelForCausalLM.from_pretrained(
-            alone, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True))
+            alone, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True, use_kernels=False))
         tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=gguf.name)
     settings = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path"): settings.pop(key, None)

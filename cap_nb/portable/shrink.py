@@ -107,6 +107,7 @@ def check_plain(model: nn.Module, config: object, neurons: torch.Tensor, groups:
 def made_of(model: nn.Module, config: object, weights: dict[str, torch.Tensor]) -> nn.Module:
     "A model of the same class from a configuration and weights."
     options = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation,
+               "use_kernels": False,
                "device_map": {"": model.device}} # straight from device to device, not by way of main memory
     with without_bars(): small = type(model).from_pretrained(None, config=config, state_dict=weights, **options)
     small.generation_config = copy.deepcopy(model.generation_config)
