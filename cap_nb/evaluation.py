@@ -144,6 +144,8 @@ def wilson_interval(
     return float(ends.low), float(ends.high)
 
 # %% ../nbs/05_evaluation.ipynb #c068
+FEWEST_UNLIKE = 10 # Problems; where fewer differ, how they spread says too little of those that were not drawn
+
 @dataclass(frozen=True)
 class AccuracySummary:
     "Summary of the answer records of one task."
@@ -174,9 +176,10 @@ def summarise_answers(records: Sequence[AnswerRecord], seed: int = 0) -> tuple[A
         k, of = 1 + max(record.sample for record in some), len(some)
         shares = [record.correct for record in some] if k == 1 else sorted(right_shares(some).values())
         n, right = len(shares), sum(shares)
-        # where every problem has the same share, resampling would give an interval without width
-        alike = k == 1 or len({*shares}) == 1
-        ends = wilson_interval(round(right), n) if alike else bootstrap_interval(shares, seed)
+        ends, unlike = wilson_interval(round(right), n), n - max(map(shares.count, {*shares}))
+        if k > 1 and unlike: # where few problems differ, resampling them would make the interval too narrow
+            drawn = bootstrap_interval(shares, seed)
+            ends = drawn if unlike >= FEWEST_UNLIKE else (min(ends[0], drawn[0]), max(ends[1], drawn[1]))
         summaries.append(AccuracySummary(
             task=task, n=n, accuracy=right / n, low=ends[0], high=ends[1], samples=k,
             lenient=sum(r.lenient_correct for r in some) / of, followed=sum(r.strict is not None for r in some) / of,

@@ -10,7 +10,7 @@ import pytest
 from fixtures import refuses
 from cap_nb.core.files import read_checked, write_checked
 from cap_nb.experiments.claims import (
-    CLAIMS, MEASURES, ModelRecords, answered_by_both, answers_of_dense, gain_comparison, merge_parts, neuron_cells, reason, seed_runs, studies_of, study_gains,
+    CLAIMS, MEASURES, ModelRecords, answered_by_both, answers_of_dense, gain_comparison, merge_parts, neuron_cells, paired_gains, reason, seed_runs, studies_of, study_gains,
     verdict)
 from cap_nb.experiments.variants import only_examples
 from cap_nb.jobs.records import load_run, read_run
@@ -61,7 +61,7 @@ def test_a_second_record_of_calibration_sets_joins_by_itself(tmp_path):
     assert (found.n, found.unit) == (120, "nats") and found.p is not None
     assert asked("gain of calibration sets", records, **sets | {"of": "cap"}) is None
     tasks_alone = [[*key, {task: of for task, of in losses.items() if task != "text"}, windows] for *key, losses, windows in cells]
-    without = replace(records, studies={"calibration sets": {"cells": tasks_alone}})
+    without = replace(records, studies={"calibration sets": {"cells": tasks_alone, "sets": record["sets"]}})
     assert asked("gain of calibration sets", without, **sets) == found
     assert asked("gain of calibration sets", without, **sets | {"on": "perplexity"}) is None
     assert asked("answers gained by calibration sets", records, first="chains").value == pytest.approx(200 / 3)
@@ -138,8 +138,27 @@ def test_what_a_row_misspells_is_refused_and_not_called_unmeasured():
     refuses("score again", asked, "share below zero", replace(records, losses=replace(losses, tokens=None)), first="pooled")
     refuses("Unknown task 'gsm8'", asked, "agreement of tasks", records, first="gsm8", second="arc")
     refuses("Unknown variant 'cap~subset-5'", asked, "agreement", records, of="blocks", first="cap~subset-5")
+    counted = asked("agreement of tasks", records, first="gsm8k", second="arc").n
+    assert counted == sum(task in ("lab-gsm8k", "lab-arc") for task in losses.task) < len(losses.task), "the examples of these tasks alone"
     one = only_examples(losses, [index for index, task in enumerate(losses.task) if task == "lab-arc"])
     assert asked("agreement of tasks", ModelRecords("lab", {}, losses=one), first="gsm8k", second="arc") is None
+
+
+def test_all_tasks_together_are_no_few_of_them():
+    """Where a run has answers of one task and losses of all, the losses of all are compared."""
+    first, second = ({(e.method, e.sparsity): e for e in load_run(FIGURES / "lab").evaluations}[name, 0.5] for name in ("cap", "wanda"))
+    gains, unit = paired_gains(first, second, "tasks")
+    assert unit == "points" and len(gains) == 600
+    some = [replace(each, answers=tuple(answer for answer in each.answers if answer.task == "lab-arc")) for each in (first, second)]
+    gains, unit = paired_gains(*some, "tasks")
+    assert unit == "nats" and len(gains) == len([loss for loss in first.losses if loss.task.startswith("lab-") and loss.task != "lab-text"])
+    assert paired_gains(*some, "arc")[1] == "points"
+
+
+def test_chains_that_are_the_gold_solutions_are_not_judged_again():
+    lab = ModelRecords("lab", {}, studies=studies_of(FIGURES, "lab", model_of("lab_methods")), has_variants=False)
+    sets = {"of": "wanda", "sparsity": 0.5, "second": "text"}
+    assert asked("gain of calibration sets", lab, first="gold", **sets) and asked("gain of calibration sets", lab, first="chains", **sets) is None
 
 
 def test_several_answers_to_a_problem_count_as_one():

@@ -242,8 +242,10 @@ def paired_gains(first: Evaluation, second: Evaluation, on: str) -> tuple[np.nda
         column = paper_measure(measure)
         return column == on or (on == TASKS_TOGETHER and column not in (None, ON_TEXT))
     parts = {measure: both for measure, both in comparable_parts(first, second).items() if belongs(measure)}
-    answered = [both for measure, both in parts.items() if not measure.endswith("loss")]
-    differences = [paired_values(*both) for both in answered or parts.values()]
+    answers = {measure: both for measure, both in parts.items() if not measure.endswith("loss")}
+    if {*map(paper_measure, answers)} != {*map(paper_measure, parts)}: # of some tasks only: losses of all, then
+        answers = {measure: both for measure, both in parts.items() if measure.endswith("loss")}
+    differences = [paired_values(*both) for both in answers.values()]
     if not differences: return None
     gains, unit = np.concatenate([np.asarray(values, dtype=np.float64) for values, _ in differences]), differences[0][1]
     return (gains, unit) if unit == "points" else (-gains, unit)
@@ -353,8 +355,8 @@ def over_examples(statistic: Callable[..., float], unit: str, draws: int = 500) 
     def measure(case: Claim, records: ModelRecords, confidence: float) -> Comparison | None:
         if (losses := records.losses) is None: return None
         held = {task_family(task) for task in losses.task if task in TASKS}
-        if statistic is agreement_of_tasks and not {task_family(case.first), task_family(case.second)} <= held:
-            return None # not measured: the table has no examples of a task
+        pair = {task_family(case.first), task_family(case.second)} if statistic is agreement_of_tasks else set()
+        if not pair <= held: return None # not measured: the table has no examples of a task
         value = statistic(losses, case.first, case.second)
         task, rng, drawn = np.array(losses.task), np.random.default_rng(0), []
         tasks = [np.flatnonzero(task == t) for t in sorted(set(losses.task))]
@@ -362,7 +364,8 @@ def over_examples(statistic: Callable[..., float], unit: str, draws: int = 500) 
             again = [rng.choice(indices, len(indices)) for indices in tasks]
             drawn.append(statistic(only_examples(losses, np.concatenate(again).tolist()), case.first, case.second))
         interval = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-        return number(value, interval, unit, len(losses.intact))
+        used = [name for name in losses.task if not pair or task_family(name) in pair]
+        return number(value, interval, unit, len(used))
     return measure
 
 MEASURES |= {
@@ -502,10 +505,15 @@ MEASURES |= {"spread over seeds": spread_over_seeds, "separation and gain": sepa
 
 # %% ../../nbs/experiments/02_claims.ipynb #8bcf05b9
 Losses = dict[tuple, Mapping[str, Sequence[float]]] # (criterion, sparsity, what is compared, seed) -> task -> losses
+def is_gold_again(sets: Mapping[str, Mapping], name: str, seed: int) -> bool:
+    "Whether a set of chains is that of the gold solutions: a model that writes these has no chains of its own."
+    if name != "chains": return False
+    return sets[f"chains {seed}"]["fingerprint"] == sets[f"gold {seed}"]["fingerprint"]
+
 IN_STUDY: dict[str, tuple[str, Callable[[Mapping], Losses]]] = { # Measure -> study, and its record's losses
     "gain of shares": ("budgets", lambda record: {(*key, 0): losses for *key, losses in record["losses"]}),
     "gain of calibration sets": ("calibration sets", lambda record: {
-        tuple(key): losses for *key, losses, _ in record["cells"]}),
+        tuple(key): losses for *key, losses, _ in record["cells"] if not is_gold_again(record["sets"], *key[2:])}),
     "gain of weighed errors": ("weighed", lambda record: {
         ("weighed", s, method, seed): {task: losses[task] for task in record["problems"]}
         for method, s, _, seed, losses, _ in record["cells"]}),
@@ -558,7 +566,8 @@ def screening(case: Claim, records: ModelRecords, confidence: float) -> Comparis
     "How well screening at a quarter of the passes ranks the heads: mean rank correlation over the draws."
     draws = records.studies.get("screening", {}).get(case.first.format(model=records.name))
     if not draws: return None
-    return number(np.mean(draws), bootstrap_interval(draws, 0, confidence), "rank correlation", len(draws))
+    return number(np.mean(draws), bootstrap_interval(draws, 0, confidence), "rank correlation over orders of one table",
+                  len(draws))
 
 def layer_errors(case: Claim, records: ModelRecords, confidence: float) -> Comparison | None:
     "What the joint solver leaves of SparseGPT's error, median over projections, bootstrapped as if independent."
@@ -607,7 +616,7 @@ MEASURES |= dict.fromkeys(IN_STUDY, gain_in_study) | {
     "layer errors left": layer_errors, "right answers kept": right_answers_kept}
 
 # %% ../../nbs/experiments/02_claims.ipynb #f66eaa74
-COLUMNS = ("Section", "Unit", "Value", "Low", "High", "n", "p", "Holm", "Verdict", "Why")
+COLUMNS = ("Section", "Unit", "Value", "Low", "High", "Confidence", "n", "p", "Holm", "Verdict", "Why")
 
 def judged_claim(cases: Sequence[Claim], records: ModelRecords) -> dict[str, tuple[Comparison | None, str]]:
     "The cases of a claim on one model, their intervals and p-values corrected for their number."
@@ -647,11 +656,12 @@ def claims_ledger(
     for case in claims: families.setdefault(case.claim, []).append(case)
     for cases, records in itertools.product(families.values(), models):
         judged = judged_claim(cases, records)
+        together = 1 - LEVEL / max(1, sum(c is not None for c, _ in judged.values())) # confidence of its intervals
         for case in cases:
             c, said = judged[case.case]
             if c is None and not is_listed(case, records): continue
-            numbers = (case.unit, *[math.nan] * 3, 0, None, None)
-            if c: numbers = (c.unit, c.value, c.low, c.high, c.n, c.p, c.holm)
+            numbers = (case.unit, *[math.nan] * 4, 0, None, None)
+            if c: numbers = (c.unit, c.value, c.low, c.high, together, c.n, c.p, c.holm)
             rows[case.claim, case.case, records.name] = (case.section, *numbers, said, reason(c, said))
     names = pd.MultiIndex.from_tuples(rows, names=["Claim", "Case", "Model"])
     return pd.DataFrame(list(rows.values()), names, list(COLUMNS))

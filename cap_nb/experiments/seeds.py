@@ -19,7 +19,7 @@ from ..analysis import (
     method_title, problem_values, records_by_measure, row_order, shared_cells, sign_flip_test)
 from ..core.errors import BadInput, check_at_least, validate_arguments
 from ..core.plots import blank_figure, in_style, method_looks
-from ..evaluation import bootstrap_interval, Evaluation, wilson_interval
+from ..evaluation import bootstrap_interval, Evaluation, FEWEST_UNLIKE, wilson_interval
 from ..jobs.records import differing, is_run, load_run
 from ..jobs.tables import markdown_rows, rounded_text
 
@@ -148,9 +148,11 @@ def seed_table(
         for measure, layout in seed_layouts(evaluations).items():
             split, numbers = split_variance(layout), layout.mean(axis=1)
             low, high = split.low, split.high
-            if not measure.endswith("loss") and all_equal(layout.to_numpy().flat): # the split has no width
+            unlike = min((layout < 100).any().sum(), (layout > 0).any().sum()) # not right, or not wrong, every time
+            if not measure.endswith("loss") and (unlike < FEWEST_UNLIKE or all_equal(layout.to_numpy().flat)):
                 right = round(split.problems * split.mean / 100)
-                low, high = (100 * end for end in wilson_interval(right, split.problems))
+                wilson = [100 * end for end in wilson_interval(right, split.problems)]
+                low, high = min(low, wilson[0]), max(high, wilson[1])
             rows[method_title(method), sparsity, measure] = (
                 split.mean, low, high, numbers.min(), numbers.max(), *np.sqrt(split.one_run),
                 split.seeds, split.problems)
@@ -180,10 +182,20 @@ def number(value: float, interval: tuple[float, float], unit: str, n: int, p: fl
     low, high = interval
     return Comparison(value=float(value), low=float(low), high=float(high), unit=unit, n=n, p=p, fewest=fewest)
 
+def cautious_gain(found: Comparison, means: np.ndarray, confidence: float) -> Comparison:
+    "Over seeds, points that a test of the problems' means decides too, and no narrower than few problems allow."
+    p, won, lost = max(found.p, sign_flip_test(means)), int((means > 0).sum()), int((means < 0).sum())
+    found = replace(found, p=p, holm=p)
+    if won + lost >= FEWEST_UNLIKE or np.abs(means).max() > 100: return found
+    low, high = interval_of_gain(won, lost, len(means), confidence)
+    return replace(found, low=min(found.low, low), high=max(found.high, high))
+
 def gain_comparison(gains: np.ndarray, unit: str, confidence: float = 0.95, test: bool = True) -> Comparison:
     "Mean gain: over seeds and problems, or with a bootstrap and an exact test, or cautiously for a margin."
     alike = unit == "points" and all_equal(gains.flat) and abs(gains.flat[0]) <= 100
-    if gains.ndim > 1 and len(gains) > 1 and not alike: return split_variance(gains, confidence).comparison(unit)
+    if gains.ndim > 1 and len(gains) > 1 and not alike:
+        found = split_variance(gains, confidence).comparison(unit)
+        return cautious_gain(found, gains.mean(0), confidence) if unit == "points" else found
     gains = np.atleast_2d(gains)[0] # seeds that are alike in all are one
     mean, n, won, lost = gains.mean(), len(gains), int((gains > 0).sum()), int((gains < 0).sum())
     # of several answers a share is right, and a difference of differences may be 200: neither is yes or no
@@ -221,9 +233,9 @@ def seed_markdown(table: pd.DataFrame) -> str: # Markdown, with a note on how to
     return markdown_rows(header, rows, names=3) + (
         f"\n- Means over {table['Seeds'].iloc[0]:.0f} calibration seeds, in per cent or nats, with a 95 % interval "
         "that covers the choice of calibration and of evaluation problems. It may pass 100, where Wilson's interval "
-        "for a single run would not; where all answers are alike it is Wilson's, over the problems alone. Last "
-        "columns: the standard deviations that calibration, evaluation problems and the rest give to the number of a "
-        "single run.\n")
+        "for a single run would not; where fewer than ten problems were not right, or not wrong, every time, it "
+        "reaches as far as Wilson's, over the problems alone. Last columns: the standard deviations that calibration, "
+        "evaluation problems and the rest give to the number of a single run.\n")
 
 # %% ../../nbs/experiments/01_seeds.ipynb #c041
 def draw_seeds(ax: Axes, means: pd.DataFrame, numbers: Mapping[tuple[str, float], np.ndarray],

@@ -236,12 +236,12 @@ def told_text(comparisons: Mapping[tuple[str, str, float, str], Comparison]) -> 
     lines = []
     for task, those in by_task.items():
         told = [least for c in those if not math.isnan(least := least_told(c.n, c.alone / c.n))]
-        points = (f"the least difference that they could have shown is {least_to_most(told, '.1f')} points" if told
-                  else "they could have shown no difference")
+        points = (f"a difference of {least_to_most(told, '.1f')} points is decided with about 80 % probability" if told
+                  else "no difference is decided with 80 % probability")
         few = ", and none where too few problems differ" if told and len(told) < len(those) else ""
         lines.append(f"- {task}: {least_to_most([c.n for c in those], ',')} problems, of which exactly one of the two "
                      f"methods solves {least_to_most([100 * c.alone / c.n for c in those], '.1f')} %; {points}{few} "
-                     "(about 80 % power at 5 %, before Holm's correction).\n")
+                     "(at 5 %, before Holm's correction).\n")
     return "".join(lines)
 
 # %% ../../nbs/jobs/07_results.ipynb #fcf05722
@@ -287,9 +287,9 @@ def judged(
 ) -> dict[tuple[str, str, float, str], Comparison]: # Comparison -> first minus second, corrected over the family
     "The comparisons that were asked in advance; other problems, or fewer comparisons, raise `BadInput`."
     keys, read = family.keys(chosen), run.configuration["evaluation"]["data"]
-    found = {task: read.get("choice", {}).get(task, read["accuracy"].get(task)) for task in family.problems}
-    if found != family.problems:
-        other = ", ".join(task for task in found if found[task] != family.problems[task])
+    kinds = {"choice" if " gold p" in measure else "accuracy" for measure in family.measures}
+    found = {task: {read.get(kind, {}).get(task) for kind in kinds} for task in family.problems}
+    if other := ", ".join(task for task, seen in found.items() if seen != {family.problems[task]}):
         raise BadInput(f"The run was not judged on the plan's problems of {other}: expected those; run the plan's "
                        "command.")
     cells = [replace(cell, method=method_title(cell.method)) for cell in run.evaluations]

@@ -65,7 +65,7 @@ def value_text(value: object, fingerprints: bool = True) -> str: # In one line
 
 # %% ../../nbs/jobs/00_tables.ipynb #92735b5d
 PASS_AT_1 = ("pass@1: per cent of right strict last lines among k drawn answers to each problem, 95 % bootstrap "
-             "interval over problems, each with its answers.")
+             "interval over problems, each with its answers; at least Wilson's where fewer than ten problems differ.")
 CHOICES = ("Choice: per cent of problems whose likeliest option is the right one; gold p: the right option's share of "
            "the options' probability. By the sum of an option's logarithms, or norm: by their mean a character.")
 
