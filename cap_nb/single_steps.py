@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections import ChainMap, Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -104,6 +104,13 @@ def check_within_budget(job: Job, budget: float, join: bool) -> None:
                        "'cap score' alone, or leave --budget out.")
     check_screening(changed(job, budget=budget, aggregation="mean", methods=())) # aggregation: asked later
 
+def check_new_table(out: Path, working: Path) -> None:
+    "Raise `BadInput` for a table that is there, and remove what a kill has left of its units."
+    if not out.exists(): return
+    for part in out.parent.iterdir():
+        if part.name.startswith(f".{working.name}.") and HALF_WRITTEN.fullmatch(part.name): remove(part)
+    raise BadInput(f"{out} is there already: expected a new name; choose another or remove it.")
+
 def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Path | None = None,
                budget: float | None = None, join: bool = False) -> str:
     "Measure what masking each head does, and save the table."
@@ -112,10 +119,10 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
     if job.model.dtype == "fastest" and (join or launched_processes()[1] > 1):
         raise BadInput("--dtype fastest was given to several processes: expected one dtype for all, since each would "
                        "find its own; name it.")
-    if out.exists(): raise BadInput(f"{out} is there already: expected a new name; choose another or remove it.")
+    working, batch_tokens = store or out.with_name(out.name + ".unfinished"), job.model.batch_tokens
+    check_new_table(out, working)
     model, tokenizer = load_checked(job, shared=True)
     calibration, fingerprint = job_calibration(job, tokenizer), tokenizer_fingerprint(tokenizer)
-    working, batch_tokens = store or out.with_name(out.name + ".unfinished"), job.model.batch_tokens
     asked = Request(batch_tokens=batch_tokens, store=working, tokenizer_fingerprint=fingerprint,
                     heads_at_once=heads_at_once, target=job.prune.score_target)
     if join:
@@ -314,24 +321,30 @@ def prune_on_disk(job: Job, pruning: SinglePruning, out: Path, working: Path) ->
 
 # %% ../nbs/single_steps.ipynb #7023f6d3
 @contextmanager
-def working_folder(out: Path) -> Iterator[Path]:
-    "A folder beside the one that is made, for this process alone; what is in it goes when the block ends well."
+def working_folder(out: Path, kinds: Sequence[str] = ()) -> Iterator[Path]:
+    "A folder beside the one that is made, for this process alone; work of these kinds goes when the block ends well."
     check_new_folder(out)
     working = out.with_name(f"{out.name}.unfinished")
     with begun_in(working):
         check_new_folder(out) # another process may have made it meanwhile
         yield working
-        for name in ("scores", "budgets", "layers"): remove(working/name)
+        for name in kinds: remove(working/name)
+
+def kept_kinds(pruning: SinglePruning) -> dict[str, str]: # Folder of a kind of work -> what it holds
+    "What a stopped pruning keeps."
+    parts, kept = check_method(pruning.method), {}
+    if pruning.scores is None and parts.attribution in (*READINGS, *UNIT_AWARE):
+        kept["scores"] = "losses with heads masked"
+    if parts.allocation == "kl": kept["budgets"] = "measured budgets"
+    if pruning.stream: kept = {}
+    if solves(parts) and (not pruning.stream or walks_from_disk(pruning)): kept["layers"] = "finished layers"
+    return kept
 
 def sentence_of_stop(pruning: SinglePruning) -> str:
     "What a stopped pruning says of what it keeps."
-    parts, kept = check_method(pruning.method), []
-    if pruning.scores is None and parts.attribution in (*READINGS, *UNIT_AWARE): kept.append("losses with heads masked")
-    if parts.allocation == "kl": kept.append("measured budgets")
-    if solves(parts): kept.append("finished layers")
-    if pruning.stream: kept = kept[-1:] if solves(parts) and walks_from_disk(pruning) else []
-    if not kept: return NOTHING_KEPT
-    return f"Stopped. Kept: {' and '.join(kept)}; the same command goes on from there, and does all else again."
+    if not (kept := kept_kinds(pruning)): return NOTHING_KEPT
+    said = " and ".join(kept.values())
+    return f"Stopped. Kept: {said}; the same command goes on from there, and does all else again."
 
 def check_target_kept(target: str, scores: Path | None) -> None:
     if target != "loss" and scores is None:
@@ -369,7 +382,7 @@ def prune_into(job: Job, pruning: SinglePruning, out: Path, says: str | None = N
     check_job(asked := changed(job, methods=(pruning.method,), sparsities=(pruning.sparsity,)))
     check_scores_wanted(asked)
     check_pruning(job, pruning)
-    with stop_says(says or sentence_of_stop(pruning)), working_folder(out) as working:
+    with stop_says(says or sentence_of_stop(pruning)), working_folder(out, tuple(kept_kinds(pruning))) as working:
         return (prune_on_disk if pruning.stream else prune_in_memory)(job, pruning, out, working)
 
 def hessians_into(job: Job, out: Path) -> None:

@@ -57,6 +57,17 @@ def test_every_family_keeps_its_zeros_and_what_it_was(kind, dtype, rank):
     assert report.before != report.after == model_fingerprint(model)
 
 
+def test_slow_steps_are_saved_by_the_clock(monkeypatch, tmp_path):
+    saved = []
+    monkeypatch.setattr(fine_tuning, "save_state", lambda *_: saved.append(_))
+    for seconds, times in ((600, 1), (-1, FEW.steps)):
+        monkeypatch.setattr(fine_tuning, "SAVE_SECONDS", seconds)
+        prune(model := tiny(Qwen2Config), "magnitude", 0.5)
+        recover(model, made_up_calibration(), FEW, tmp_path / str(seconds))
+        assert len(saved) == times, seconds
+        saved.clear()
+
+
 def test_what_is_zero_once_it_is_cast_back_is_counted(monkeypatch):
     """The least number of float16 is 6e-8, and one of float32 may be less."""
     def trained(model, *_):

@@ -469,7 +469,7 @@ def test_devices_that_are_not_here_bound_every_stage():
 def test_too_few_problems_or_discordant_ones_tell_nothing():
     assert math.isnan(least_told(200, 0)) and math.isnan(least_told(200, 0.02)) and math.isnan(least_told(19, 0.6)) and least_told(200, 0.05) < 5
     assert problems_needed(100, 1.0) == FEWEST_PAIRS, "fewer are never decided"
-    for points, discordant, said in ((0, 0.1, "--detect is 0"), (math.nan, 0.1, "--detect is nan"), (101, 0.5, "--detect is 101"), (3, 0.02, "--discordant is 0.02"),
+    for points, discordant, said in ((0, 0.1, "--detect is 0"), (1e-160, 0.1, "from 0.001 to 100"), (math.nan, 0.1, "--detect is nan"), (101, 0.5, "--detect is 101"), (3, 0.02, "--discordant is 0.02"),
                                      (3, 1.5, "--discordant is 1.5"), (3, math.nan, "--discordant is nan"), (20, None, "write 0.2"), (None, 0.2, "without --detect")):
         refuses(said, check_ranges, {"settings": Planning(detect=points, discordant=discordant)})
     check_ranges({"settings": Planning()})

@@ -28,6 +28,7 @@ from cap_nb.data.prompts import IGNORED
 from cap_nb.calibration import Calibration
 from cap_nb.core.files import locked
 from cap_nb.methods.layer_walk import CLAIMS, losses_key
+from cap_nb.methods import resumed_scoring
 from cap_nb.methods.resumed_scoring import OWNER, Request, help_scoring, make_plan, score_heads, shared_prefix
 from cap_nb.methods.screening import PartialLosses, Screening, by_task, first_counts, in_rounds, read_scores, save_partial, screen_heads, share_spent
 from cap_nb.scoring import HeadLosses, causal_scores, score_heads_naive, score_interval, split_half_reliability
@@ -228,6 +229,9 @@ def test_a_helper_asks_a_files_lock_and_takes_as_many_heads(tmp_path, monkeypatc
         refuses("device and versions", help_scoring, model, calibration, asked)
     with locked(units / OWNER):
         assert help_scoring(model, calibration, asked) == len(list(begun.glob("batch-*"))) > 0
+    seen = iter((True, False))
+    monkeypatch.setattr(resumed_scoring, "busy", lambda path: next(seen))
+    refuses("has ended without its table", help_scoring, model, calibration, asked)
     assert [path.name for path in units.iterdir() if path.is_dir()] == [begun.name]
 
 

@@ -48,6 +48,29 @@ def test_a_recipe_stopped_while_it_prunes_says_that_what_is_finished_is_kept(mon
     assert called("prune", "--recipe", "hour", "--device", "cpu", "--tasks", "lab-arc", "--out", tmp_path / "new").stderr.endswith(f"cap: {STOPPED}\n")
 
 
+def test_a_pruning_clears_up_what_it_kept_itself(monkeypatch, tmp_path):
+    """Layers of a solver that was stopped stay there after another method, and after an evaluation, of the same name."""
+    layers = tmp_path / "new.unfinished" / "layers" / "key"
+    layers.mkdir(parents=True)
+    for name, done in (("check_job", lambda *_: None), ("check_scores_wanted", lambda *_: None), ("prune_in_memory", lambda *_: None)):
+        monkeypatch.setattr(steps, name, done)
+    steps.prune_into(FEW, SinglePruning(method="wanda"), tmp_path / "new")
+    with steps.working_folder(tmp_path / "new"):
+        pass
+    assert layers.exists()
+    steps.prune_into(FEW, SinglePruning(method="alps"), tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_units_that_a_kill_left_while_they_were_removed_go_with_the_next_call(tmp_path):
+    table, left = tmp_path / "t.safetensors", tmp_path / ".t.safetensors.unfinished.7.part"
+    steps.check_new_table(table, tmp_path / "t.safetensors.unfinished")
+    table.touch(), left.mkdir()
+    with pytest.raises(BadInput, match="is there already"):
+        steps.check_new_table(table, tmp_path / "t.safetensors.unfinished")
+    assert [*tmp_path.iterdir()] == [table]
+
+
 def test_on_disk_only_layers_that_were_walked_through_are_kept(tmp_path):
     assert steps.sentence_of_stop(SinglePruning(method="alps", stream=True, hessians=tmp_path)) == NOTHING_KEPT
     assert steps.sentence_of_stop(SinglePruning(method="cap^block", stream=True, scores=tmp_path)).startswith("Stopped. Kept: finished layers;")

@@ -289,6 +289,20 @@ def test_norms_say_where_they_come_from(tmp_path):
     assert meta == {"model": "abc"} and norms["a"].tolist() == [1, 1, 1] and norms["a"].dtype == torch.float32
 
 
+def test_a_checkpoint_that_is_replaced_while_it_is_pruned_is_noticed(tmp_path, monkeypatch):
+    """By one of the same size, which no length tells."""
+    src, write_pruned = saved(tmp_path / "src"), streaming.write_pruned
+    shard, *_ = sorted(src.glob("*.safetensors"))
+
+    def replaced(*arguments):
+        (tmp_path / "other").write_bytes(shard.read_bytes())
+        (tmp_path / "other").replace(shard)
+        return write_pruned(*arguments)
+    monkeypatch.setattr(streaming, "write_pruned", replaced)
+    refuses("was changed while it was pruned", prune_checkpoint, src, tmp_path / "new", 0.3, factors_of(src))
+    assert left_behind(tmp_path) == []
+
+
 @pytest.mark.parametrize("step", ["prune", "solve"])
 @pytest.mark.parametrize("error, seen", [(OSError(errno.ENOSPC, "No space left on device"), BadInput), (OSError(errno.EIO, "Input/output error"), OSError),
                                          (KeyboardInterrupt(), KeyboardInterrupt)], ids=["full disk", "broken disk", "Ctrl-C"])

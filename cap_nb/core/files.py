@@ -22,7 +22,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) # Disk full, quota used up
 
 def is_disk_full(error: BaseException) -> bool:
     if getattr(error, "errno", None) in DISK_FULL: return True
-    number = re.search(r"os error (\d+)", str(error)) # as safetensors writes it
+    number = re.search(r"(?:os error|Errno) (\d+)", str(error)) # as safetensors writes it, and a copy of many files
     return number is not None and int(number[1]) in DISK_FULL
 
 @contextmanager

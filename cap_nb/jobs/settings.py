@@ -156,7 +156,8 @@ class ChainRule:
     each: int = 1 # At most so many chains of one problem, the earliest
 
 SHARE = r"(0?\.\d+|[01](?:\.0*)?)"
-RULE = re.compile(rf"(right|all)(?:,tokens=(\d+)-(\d*))?(?:,solved={SHARE}-{SHARE})?(?:,each=(\d+))?", re.ASCII)
+WHOLE = r"(\d{1,18})"
+RULE = re.compile(rf"(right|all)(?:,tokens={WHOLE}-{WHOLE}?)?(?:,solved={SHARE}-{SHARE})?(?:,each={WHOLE})?", re.ASCII)
 
 def read_rule(text: str) -> ChainRule:
     "A rule from its text; what is none raises `BadInput`."
@@ -362,8 +363,8 @@ def check_detection(settings: Planning) -> None:
     if points is None and settings.discordant is None: return
     if points is None:
         raise BadInput("--discordant is given without --detect: expected a difference in points; write --detect 3.")
-    if not 0 < points <= 100:
-        raise BadInput(f"--detect is {points:g}: expected a difference in points, above 0 and up to 100; write 3.")
+    if not 0.001 <= points <= 100:
+        raise BadInput(f"--detect is {points:g}: expected a difference in points, from 0.001 to 100; write 3.")
     if not points / 100 <= share <= 1:
         raise BadInput(f"--discordant is {share:g}: expected a share of the problems from {points / 100:g}, as many as "
                        f"a difference of {points:g} points takes, to 1; write {max(DISCORDANT, points / 100):g}.")

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from cap_nb.core.devices import device_named
 from cap_nb.core.errors import BadInput, check_choice, check_sparsity
-from cap_nb.core.files import pieces_of, whole_folder
+from cap_nb.core.files import pieces_of
 from cap_nb.methods.criteria import (
     check_inputs, CRITERIA, dense_norms, DERIVATIVES, Inputs, measured_for, projection_shares, walks)
 from cap_nb.methods.neurons import UNIT_AWARE
@@ -25,8 +25,8 @@ from cap_nb.methods.prune import (
     walk_with_hessians)
 from cap_nb.methods.selection import check_pattern, check_pattern_fits, TIES
 from cap_nb.methods.streaming import (
-    AT_ONCE, Checkpoint, checkpoint_fingerprint, lay_out, loaded_dtype, measurements_for, open_checkpoint,
-    pieces_of_weights, read_weight, STREAMED, tensors_of_weight, write_pruned, write_rows)
+    AT_ONCE, Checkpoint, checkpoint_fingerprint, loaded_dtype, measurements_for, open_checkpoint, pieces_of_weights,
+    pruned_copy, read_weight, STREAMED, tensors_of_weight, write_pruned, write_rows)
 from cap_nb.methods.wanda import zero_layer_by_layer
 from cap_nb.models.anatomy import decoder_layers, Projection, projections
 from cap_nb.models.checks import warn_of_zeros
@@ -183,8 +183,7 @@ def prune_layers(src: str | Path, dst: str | Path, method: str, sparsity: float,
     inputs = replace(inputs, factors=laid_out(parts.attribution, inputs.factors))
     if inputs.unfinished and not inputs.fingerprint and solves(parts):
         inputs = replace(inputs, fingerprint=checkpoint_fingerprint(src))
-    with whole_folder(dst) as part:
-        lay_out(checkpoint, part)
+    with pruned_copy(checkpoint, dst) as part:
         model, masks, reached = model_on_disk(checkpoint, part, device_named(device)), None, ()
         if criterion and not walks(criterion, scope):
             zeros, reached = streamed_zeros(model, method, sparsity, inputs)

@@ -522,4 +522,7 @@ def help_scoring(model: nn.Module, calibration: Calibration, request: Request) -
     try: walk_and_score(model, plan, states, losses)
     except FileNotFoundError:
         if plan.store.folder.is_dir(): raise # else the other process has all units, and has removed their folder
+    if units.is_dir() and not busy(units/OWNER) and not (Path(request.store)/f"{key}.safetensors").exists():
+        raise BadInput(f"The process that began {units} has ended without its table: expected it to be at work; give "
+                       "the same command without --join, which takes all that is there.")
     return len(losses)

@@ -11,6 +11,7 @@ import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -363,6 +364,18 @@ def lay_out(checkpoint: Checkpoint, folder: Path) -> None:
     for shard in checkpoint.shards:
         copy_around(shard, folder/shard.name, [stored for stored in weights if stored.file == shard])
 
+@contextmanager
+def pruned_copy(checkpoint: Checkpoint, folder: str | Path) -> Iterator[Path]:
+    "A folder laid out as the checkpoint, in which weights may be written, made whole if the checkpoint is unchanged."
+    def stamps(): return [(each.st_ino, each.st_size, each.st_mtime_ns) for each in map(Path.stat, checkpoint.shards)]
+    before = stamps()
+    with whole_folder(folder) as part:
+        lay_out(checkpoint, part)
+        yield part
+        if stamps() != before:
+            raise BadInput(f"{checkpoint.folder} was changed while it was pruned: expected a checkpoint that nobody "
+                           "changes; try again.")
+
 # %% ../../nbs/methods/25_streaming.ipynb #c7b6067f
 def write_pruned(checkpoint: Checkpoint, folder: Path, parts: MethodName, sparsity: float, measured: Measurements,
                  ties: str, at_once: int) -> tuple[dict[str, int], tuple]:
@@ -398,8 +411,7 @@ def prune_checkpoint(
     "Prune a checkpoint without loading it (paper 3.3 and 3.4); every mistake raises `BadInput` and leaves no folder."
     parts, checkpoint = check_streamed(method, sparsity, ties), open_checkpoint(src)
     measured = measurements_for(checkpoint, method, factors, norms)
-    with whole_folder(dst) as part:
-        lay_out(checkpoint, part)
+    with pruned_copy(checkpoint, dst) as part:
         zeros, reached = write_pruned(checkpoint, part, parts, sparsity, measured, ties, at_once)
     return report_of(projections(checkpoint.model), zeros, method, sparsity, *reached)
 
@@ -557,8 +569,7 @@ def solve_checkpoint(src: str | Path, dst: str | Path, sparsity: float, hessians
     if parts.base in STREAMED:
         norms = given.norms() if "norm" in CRITERIA[parts.base].needs else None
         measured = measurements_for(checkpoint, method, factors, norms)
-    with whole_folder(dst) as part:
-        lay_out(checkpoint, part)
+    with pruned_copy(checkpoint, dst) as part:
         if measured: zeros, reached = write_pruned(checkpoint, part, parts, sparsity, measured, "exact", AT_ONCE)
         if parts.base in SOLVERS or parts.recovery:
             zeros, reached = write_solved(checkpoint, part, parts, sparsity, given), ()

@@ -9,6 +9,7 @@ __all__ = ['held_zeros', 'HeldZeros', 'recover']
 import importlib.util
 import math
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -186,6 +187,8 @@ def trained_by_rank(model: nn.Module, rank: int, seed: int) -> Iterator[None]:
         for parameter, was in wanted: parameter.requires_grad_(was)
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #1afc8a8d
+SAVE_SECONDS = 600 # Between two saves, where steps are slow
+
 def train_on(model: nn.Module, examples: Sequence[Example], settings: FineTuning, follows_from: dict,
              folder: Path | None, save_every: int,
              teacher: nn.Module | None = None) -> tuple[float, ...]: # Loss of each step, before the step
@@ -201,6 +204,7 @@ def train_on(model: nn.Module, examples: Sequence[Example], settings: FineTuning
                                   foreach=False) # a GPU would take room for all weights at once
     parameters = [*matrices, *others]
     losses = load_state(folder, trained, [optimiser], follows_from).get("losses", []) if folder else []
+    saved = time.monotonic()
     for step in tqdm(range(len(losses), settings.steps), desc="training"):
         chosen = [examples[index] for index in examples_of_step(step, len(examples), settings)]
         losses.append(add_gradients(model, chosen, settings.batch_tokens, teacher))
@@ -208,8 +212,10 @@ def train_on(model: nn.Module, examples: Sequence[Example], settings: FineTuning
             raise BadInput(f"The loss of step {step + 1} is not a finite number: expected a training that converges; "
                            "lower the learning rate.")
         step_optimizers(parameters, [optimiser], rate_factor(step, settings))
-        if folder and (step + 1 == settings.steps or (step + 1) % save_every == 0):
+        due = (step + 1) % save_every == 0 or time.monotonic() - saved > SAVE_SECONDS
+        if folder and (due or step + 1 == settings.steps):
             save_state(folder, trained, [optimiser], follows_from | {"losses": losses})
+            saved = time.monotonic()
     return tuple(losses)
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #1098b357
