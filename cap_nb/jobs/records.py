@@ -351,8 +351,9 @@ def save_report(folder: str | Path, report: PruneReport, mask: str) -> None:
     name = cell_name(report.method, report.asked)
     path = Path(folder)/"reports"/f"{name}.json"
     if path.exists() and (kept := read_checked(path)["mask"]) != mask:
-        raise BadInput(f"Pruning {name} again gave other zeros ({mask[:12]}, not {kept[:12]}): expected the same; "
-                       "versions or device changed, give another folder.")
+        raise BadInput(f"Pruning {name} again gave other zeros ({mask[:12]}, not {kept[:12]}): expected the same on "
+                       f"one device and versions; remove {name} in reports, unfinished and evaluations of {folder} to "
+                       "have it made anew, or give another folder.")
     write_checked(path, asdict(report) | {"mask": mask})
 
 # %% ../../nbs/jobs/00_records.ipynb #c050
