@@ -136,7 +136,7 @@ def read_sparsities(text: str | None) -> tuple[float, ...] | None: # (0.1, 0.2)
 
 def read_path(text: str | Path) -> Path: # The path
     "The path of a file or folder; nothing is none, though Python takes it for the folder where one is."
-    if str(text): return Path(text)
+    if str(text): return Path(os.path.expanduser(text)) # a file, and --out=~/runs, reach no shell that would do it
     raise typer.BadParameter("it is empty")
 
 # %% ../nbs/command_line.ipynb #9a7ffab8
@@ -364,7 +364,7 @@ def read_as(kind: type, text: str) -> object: # The value
     "A value of an option from its text; another type's raises `BadInput`."
     [single] = {*(get_args(kind) or [kind])} - {type(None)}
     if single is Path and not text: raise BadInput("it is empty: expected a value that fits; see 'cap run --help'.")
-    try: return single(text)
+    try: return read_path(text) if single is Path else single(text)
     except ValueError:
         raise BadInput(f"{text!r} is no {'whole ' * (single is int)}number: expected one; correct it.") from None
 
@@ -898,9 +898,10 @@ def pack_command(
     folder: Path, # a run's folder, or one that holds some
 ) -> None:
     "Put the records of every finished run in a folder into one file each; what they say does not change."
+    from cap_nb.core.files import all_in
     from cap_nb.jobs.records import pack_run
     for run in done_in(folder, pack_run):
-        size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+        size = sum(path.stat().st_size for path in all_in(run) if path.is_file())
         typer.echo(f"{run}: {size:,} bytes.")
 
 @command(RECORDS, plugins=False)

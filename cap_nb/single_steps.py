@@ -456,7 +456,9 @@ def recipe_asked(job: Job, pruning: SinglePruning, tuning: FineTuning | None, ou
     check_pruning(job, pruning)
     if job.calibrate.calibrate_on == OWN: check_tries(1, read_rule(job.calibrate.chain_rule))
     asked = json.loads(json.dumps([asdict(each) if each else None for each in (job, pruning, tuning)], default=str))
-    if not (out/"recipe.json").exists(): check_new_folder(out)
+    if not (out/"recipe.json").exists():
+        left = [HALF_WRITTEN.fullmatch(path.name) for path in out.glob("*")] # by a kill while it was first written
+        if not left or not all(left): check_new_folder(out)
     elif (kept := read_checked(out/"recipe.json")[:len(asked)]) != asked:
         was, now = (dict(ChainMap(*parts[0].values(), *filter(None, parts[1:]))) for parts in (kept, asked))
         differ = [f"{option_of(name)} {was.get(name)}" for name in {**was, **now} if was.get(name) != now.get(name)]

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import cap_nb.jobs.job
@@ -22,7 +23,7 @@ from cap_nb.core.files import read_checked
 from cap_nb.core.registry import PLUGINS
 from cap_nb.models.decoding import generate_naive
 from cap_nb.models.lab import lab_tokenizer
-from cap_nb.command_line import OPTION_NAMES, adjusted, app, comments
+from cap_nb.command_line import OPTION_NAMES, adjusted, app, comments, read_as, read_path
 from cap_nb.jobs.records import load_run
 from cap_nb.jobs.settings import Job, QUICK, changed
 from cap_nb.methods.resumed_scoring import load_losses
@@ -294,3 +295,13 @@ def test_where_no_terminal_is_bars_are_lines(small_lab, tmp_path):
     assert all(process.returncode == 0 and "\r" not in process.stderr and "\x1b" not in process.stderr for process in said.values()), said[""].stderr
     assert said["--quiet"].stderr == "" and said["--quiet"].stdout.startswith("| Method |")
     assert "magnitude-0.5/prune: " in said["--verbose"].stderr and "magnitude-0.5/prune: " not in said[""].stderr
+
+
+def test_a_path_may_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert {str(read_path("~/runs")), str(read_as(Path, "~/runs"))} == {"/home/me/runs"}
+
+
+def test_closed_channels_are_no_reason_to_end():
+    done = subprocess.run(["sh", "-c", f"'{sys.executable}' -m cap_nb methods 2>&-"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "wanda" in done.stdout

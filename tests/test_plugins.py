@@ -1,6 +1,7 @@
 """A user's own file from outside: `cap` with --plugin, in methods, plans, runs and tables; what is refused, and what is recorded."""
 import json
 import re
+import sys
 
 import pytest
 import typer
@@ -173,6 +174,20 @@ def test_two_plugins_of_one_name(tmp_path):
         (tmp_path / name / "my.py").write_text(f"x = {name!r}\n")
     refused(cap("methods", "--plugin", tmp_path / "a" / "my.py", "--plugin", tmp_path / "b" / "my.py"), "Two plugins are called my.py")
     assert cap("methods", "--plugin", tmp_path / "a" / "my.py", "--plugin", tmp_path / "a" / "my.py").exit_code == 0
+
+
+def test_a_package_beside_a_plugin_is_part_of_it(tmp_path):
+    (tmp_path / "beside_it").mkdir()
+    (tmp_path / "beside_it" / "__init__.py").touch()
+    (tmp_path / "mine.py").write_text("import beside_it.score\n")
+    found = []
+    for text in ("x = 1\n", "x = 2\n"):
+        (tmp_path / "beside_it" / "score.py").write_text(text)
+        with plugins_loaded([tmp_path / "mine.py"]):
+            found.append(PLUGINS["mine.py"])
+    for name in [name for name in sys.modules if name.startswith("beside_it")]:
+        del sys.modules[name]
+    assert found[0] != found[1]
 
 
 def test_another_plugin_in_the_folder_is_no_part_of_one(tmp_path):

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from cap_nb.analysis import method_table
 from fixtures import refuses
 from programs import assert_one_sentence, called, output_of
-from cap_nb.core.files import read_checked, sha256_of_file
+from cap_nb.core.files import locked, read_checked, sha256_of_file
 from cap_nb.core.plots import figure_bytes
 from cap_nb.jobs.records import REPORT, check_continues, job_of, load_run, pack_run, packed_texts, unpack_run
 from cap_nb.jobs.job import prepare
@@ -168,6 +168,11 @@ def test_of_several_runs_an_unfinished_one_is_left_as_it_is(tmp_path):
     unpack_run(ROOT / "figures" / "bfloat16" / "usual", tmp_path / "runs" / "b")
     (tmp_path / "runs" / "a" / "unfinished").mkdir(parents=True)
     shutil.copy(tmp_path / "runs" / "b" / "run.json", tmp_path / "runs" / "a")
+    with locked(tmp_path / "runs" / "a"):
+        assert output_of("pack", tmp_path / "runs").startswith("Left as it is: Another process is at work in")
+    unpack_run(tmp_path / "runs" / "b", tmp_path / "live")
+    shutil.rmtree(tmp_path / "runs" / "b")
+    (tmp_path / "live").rename(tmp_path / "runs" / "b")
     for command, said in (("figures", "has no finished evaluation yet"), ("report", "has no finished evaluation yet"), ("pack", "holds unfinished work")):
         left, done = output_of(command, tmp_path / "runs").splitlines()
         assert left.startswith(f"Left as it is: {tmp_path / 'runs' / 'a'} {said}") and str(tmp_path / "runs" / "b") in done, left

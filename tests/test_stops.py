@@ -10,6 +10,8 @@ from cap_nb.command_line import app
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import alone_in, resumed_folder
 from cap_nb.core.stopping import NOTHING_KEPT, STOPPED
+from cap_nb.jobs import job
+from cap_nb.jobs.records import Unfinished, pack_run
 from cap_nb.jobs.settings import Job, SinglePruning, changed
 from faults.machinery import ended, said_by, signalled_before, watched
 from fixtures import contents
@@ -69,6 +71,24 @@ def test_units_that_a_kill_left_while_they_were_removed_go_with_the_next_call(tm
     with pytest.raises(BadInput, match="is there already"):
         steps.check_new_table(table, tmp_path / "t.safetensors.unfinished")
     assert [*tmp_path.iterdir()] == [table]
+
+
+def test_a_recipe_that_was_killed_while_it_was_first_written_begins(tmp_path):
+    asked = FEW, SinglePruning(method="alps"), None, tmp_path
+    (tmp_path / ".recipe.json.7.part").touch()
+    assert steps.recipe_asked(*asked)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(BadInput, match="is not an empty folder"):
+        steps.recipe_asked(*asked)
+
+
+def test_a_run_is_unfinished_from_its_first_moment(monkeypatch, tmp_path):
+    """Heads may be scored for hours before the first piece is there; who packs finished runs leaves it."""
+    monkeypatch.setattr(job, "factors_by_method", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert called("run", "--quick", "--model", "lab", "--device", "cpu", "--methods", "cap", "--out", tmp_path / "run").exit_code == 143
+    assert (tmp_path / "run" / "unfinished").is_dir()
+    with pytest.raises(Unfinished):
+        pack_run(tmp_path / "run")
 
 
 def test_on_disk_only_layers_that_were_walked_through_are_kept(tmp_path):

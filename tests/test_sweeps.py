@@ -1,6 +1,7 @@
 """Sweeps and comparisons from outside: a file of options through `cap run --config`, mistakes with their line, what the command line wins, runs
 compared by `cap compare`, and a tracker that follows."""
 import dataclasses
+import shutil
 
 import pytest
 import typer
@@ -81,6 +82,14 @@ def test_runs_of_a_sweep_compared(sweep, tmp_path):
     losses = [{r.uid: r.loss for e in load_run(sweep / "out" / name).evaluations if e.method == "cap" for r in e.losses} for name in ("n=4", "n=3")]
     assert comparison.value == pytest.approx(sum(losses[0][uid] - losses[1][uid] for uid in losses[1]) / 20, abs=1e-12)
     assert cap("compare", sweep / "out" / "n=3", "--out", tmp_path / "kept").exit_code == 2
+
+
+def test_a_run_that_has_lost_a_record_is_taken_up_again(sweep, tmp_path):
+    shutil.copytree(sweep / "out", tmp_path / "out")
+    results, damaged = (tmp_path / "out" / "results.csv").read_bytes(), tmp_path / "out" / "n=3" / "evaluations" / "cap-0.5" / "losses.csv"
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    output_of("run", "--config", sweep / "sweep.yaml", "--k", 2, "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "results.csv").read_bytes() == results
 
 
 def test_a_method_with_a_pattern_is_compared():

@@ -130,9 +130,13 @@ def is_tracker_s(path: Path) -> bool:
     return any((above.parent/name).is_file() for above in path.parents if above.name == TRACKING
                for name in ("run.json", "records.parquet")) # as it was written, or packed
 
+def all_in(folder: Path) -> list[Path]:
+    "Everything in a folder, in order; what another process removes meanwhile is passed over, where rglob may fail."
+    return sorted(Path(above, name) for above, folders, files in os.walk(folder) for name in (*folders, *files))
+
 def check_no_links(folder: Path) -> None:
     "Raise `BadInput` for a link in a folder of ours, through which we would write elsewhere; a tracker may have some."
-    for path in folder.rglob("*"):
+    for path in all_in(folder):
         if path.is_symlink() and not is_tracker_s(path):
             raise BadInput(f"{path} is a link: expected files and folders of its own in {folder.name}; remove it, "
                            "or give another folder.")

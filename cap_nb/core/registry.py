@@ -191,6 +191,10 @@ def additions_noted() -> dict[str, str]: # "my.py", or "criterion mine" of a ses
                if not a.plugin and all(a.name in table for table in a.tables)}
     return PLUGINS | session
 
+def code_of(kind: str, name: str) -> str: # Empty for what the kit has itself
+    "The hash of what was added under a name, for results that follow from it and are found again by a key."
+    return "".join(each.code for each in ADDED if (each.kind, each.name) == (kind, name))
+
 def check_additions(kept: dict[str, str], where: str) -> None:
     "Raise `BadInput` unless everything that a run was made with is there, and as it was."
     noted = additions_noted()

@@ -23,6 +23,7 @@ from ..calibration import (
     Calibration, calibration_pool, calibration_set, chosen_tasks, default_style, draw)
 from ..core.errors import BadInput, check_at_least, check_fields, check_seed, validate_arguments
 from ..core.files import alone_in, is_intact, remove, sha256_of_text, taken_as, text_lines, write_text
+from ..core.registry import code_of
 from ..data.problems import halves, load_text, task_family
 from ..data.prompts import (
     Example, IGNORED, make_example, prompt_style, PromptStyle, random_order, strict_pattern, Tokens)
@@ -195,7 +196,8 @@ def chains_origin(model: nn.Module, tokenizer: object, examples: Sequence[Exampl
         "lenient": answering.lenient,
         "max_new_tokens": {task: token_limit(task, answering.max_new_tokens) for task in tasks},
         "dtype": str(weight.dtype).removeprefix("torch."), "device": weight.device.type,
-        "versions": versions | {"cap_nb": cap_nb.__version__}}
+        "versions": versions | {"cap_nb": cap_nb.__version__},
+        } | {f"task {task}": code for task in tasks if (code := code_of("task", task))} # its answers are read by it
 
 # %% ../../nbs/jobs/06_chains.ipynb #c043
 def same_origin(path: Path, about: dict) -> Chains: # What it holds

@@ -217,10 +217,14 @@ def executed(path: Path, text: bytes) -> None:
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c074
 def helpers_of(path: Path) -> list[Path]: # In the order of their names
-    "The modules beside a plugin that are imported, by it or by anyone."
-    modules = [(name, getattr(module, "__file__", None)) for name, module in list(sys.modules.items())]
-    files = {Path(file) for name, file in modules if file and name != module_name(Path(file))} # other plugins apart
-    return sorted(file for file in files if file.parent == path.parent and file != path)
+    "The modules beside a plugin, and of packages beside it, that are imported, by it or by anyone."
+    modules = [(name, Path(module.__file__)) for name, module in list(sys.modules.items())
+               if getattr(module, "__file__", None)]
+    def beside(name: str, file: Path) -> bool: # other plugins, and a library that lies below, are not
+        if name == module_name(file) or file == path or not file.is_relative_to(path.parent): return False
+        top = file.relative_to(path.parent).parts[0]
+        return top == file.name or top == name.partition(".")[0] != "cap_nb"
+    return sorted({file for name, file in modules if beside(name, file)})
 
 def code_hash(text: bytes, helpers: Sequence[Path]) -> str: # 64 hexadecimal digits
     "SHA-256 of a plugin and of the modules beside it; of a plugin alone that of its file."

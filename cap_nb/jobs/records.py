@@ -34,8 +34,8 @@ from ..analysis import records_from, row_order
 from ..core.devices import build_of, device_name
 from ..core.errors import BadInput, validate_arguments
 from ..core.files import (
-    alone_in, check_inside, check_no_links, checked_text, DAMAGED, HALF_WRITTEN, is_intact, json_text, read_checked,
-    read_tensors, remove, remove_leftovers, rows_of_parquet, sha256_of_file, sha256_of_text, taken_as,
+    all_in, alone_in, busy, check_inside, check_no_links, checked_text, DAMAGED, HALF_WRITTEN, is_intact, json_text,
+    read_checked, read_tensors, remove, remove_leftovers, rows_of_parquet, sha256_of_file, sha256_of_text, taken_as,
     TRACKING, whole_file, whole_folder, write_checked)
 from ..core.registry import check_additions
 from ..evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
@@ -253,7 +253,7 @@ PIECES = {load_evaluation: ("evaluations/[!.]*", "chains/answers", "unfinished/c
 
 def put_in_order(folder: Path) -> None:
     "Before a run goes on: half-written files go, damaged pieces are set aside, what is lost for good is named."
-    for part in [part for part in folder.rglob(".*.part") if HALF_WRITTEN.fullmatch(part.name)]:
+    for part in [part for part in all_in(folder) if HALF_WRITTEN.fullmatch(part.name)]:
         remove_leftovers(part.with_name(part.name[1:].rsplit(".", 2)[0]))
     for name in ("environment.json", "timings.json"):
         if any(folder.glob("evaluations/*")) and not (folder/name).exists():
@@ -418,7 +418,7 @@ def is_record(inside: Path) -> bool: # Whether it belongs to the records
 
 def live_records(folder: Path) -> Records: # What it recorded
     "The records of a run that has a file for each; a damaged evaluation raises `BadInput`."
-    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [path.relative_to(folder) for path in all_in(folder) if path.is_file()]
     names = [name for name in names if is_record(name)]
     places = [name.parent for name in names if name.name == "evaluation.json"]
     evaluations = {name.as_posix(): load_evaluation(folder/name) for name in places}
@@ -552,6 +552,7 @@ def pack_run(
     "Move the records of a finished run into one file; a folder that is no run or still at work raises `BadInput`."
     folder = Path(folder)
     read_run(folder)
+    if busy(folder): raise Unfinished(f"Another process is at work in {folder}: expected a finished run; wait for it.")
     with alone_in(folder):
         if (folder/"unfinished").exists() or not records_of(folder).evaluations:
             raise Unfinished(f"{folder} holds unfinished work: expected a finished run; let 'cap run' go on first.")

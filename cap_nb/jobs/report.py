@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from ..analysis import (
     compare_methods, Comparison, FEWEST_PAIRS, is_better, method_table, method_title, plot_head_importance, row_order)
 from ..core.errors import BadInput
-from ..core.files import HALF_WRITTEN, whole_file, write_checked, write_text
+from ..core.files import all_in, HALF_WRITTEN, whole_file, write_checked, write_text
 from ..core.plots import figure_bytes
 from ..core.registry import check_additions
 from ..data.problems import LAB_TASKS
@@ -52,7 +52,7 @@ def heads_csv(**columns: torch.Tensor) -> str: # A line a head
 # %% ../../nbs/jobs/02_report.ipynb #c009
 def run_folders(folder: str | Path) -> list[Path]: # Folders of runs, in order
     "The runs in a folder; none raises `BadInput`."
-    runs = sorted({path.parent for name in ("run.json", PACKED) for path in Path(folder).rglob(name)
+    runs = sorted({path.parent for path in all_in(Path(folder)) if path.name in ("run.json", PACKED)
                    if not any(map(HALF_WRITTEN.fullmatch, path.relative_to(folder).parts))})
     if not runs:
         raise BadInput(f"{folder} holds no run: expected a folder that 'cap run' made, or one with such folders in it; "
@@ -312,7 +312,7 @@ def report_html(run: Run, pictures: Mapping[str, bytes]) -> str: # A page that n
 def remove_other_curves(folder: Path, pictures: dict[str, bytes]) -> None:
     "Remove the curves that were drawn while the run had fewer or more methods."
     for path in folder.glob("figures/sparsity_curves*.png"):
-        if f"figures/{path.stem}" not in pictures: path.unlink()
+        if f"figures/{path.stem}" not in pictures: path.unlink(missing_ok=True)
 
 def write_manifest(folder: Path, run: Run) -> None:
     "What tables and figures were made from; where a run at work has finished a cell meanwhile, all is made again."

@@ -25,7 +25,7 @@ from ..core.files import (
 from ..core.registry import check_additions
 from ..evaluation import Evaluation
 from .job import as_begun, check_job, check_unread, Follow, prepare_loaded, run_job
-from .records import check_continues, FORMAT, GROWING, is_run, read_run, settings_of
+from .records import check_continues, FORMAT, GROWING, is_run, load_run, read_run, settings_of
 from .results import results_frame
 from .settings import changed, Job, values_of
 from ..models.loading import load_model
@@ -301,6 +301,12 @@ def goes_on(kept: dict, asked: dict | None) -> bool: # Whether it may go on
                for name, value in kept["settings"].items() if name not in WHERE)
 
 # %% ../../nbs/jobs/08_sweeps.ipynb #c056
+def can_be_read(folder: Path) -> bool:
+    "Whether a run's records are whole; a run that has lost some is taken up again, which measures them anew."
+    try: load_run(folder)
+    except BadInput: return False
+    return True
+
 def new_index(folder: Path, config: Config, jobs: Mapping[str, Job]) -> dict:
     "The index of a sweep that begins or goes on; a folder of something else raises `BadInput`."
     used, finished = [], set()
@@ -315,7 +321,7 @@ def new_index(folder: Path, config: Config, jobs: Mapping[str, Job]) -> dict:
         used = [name for name in kept["configs"] if name != config.name]
         finished = {run["folder"] for run in kept["runs"]
                     if run["finished"] and run["settings"] == asked[run["folder"]]
-                    and is_run(folder/run["folder"])}
+                    and can_be_read(folder/run["folder"])}
     runs = [{"folder": name, "settings": settings, "finished": name in finished} for name, settings in asked.items()]
     return {"format": INDEX_FORMAT, "config_sha256": sha256_of_text(config.text), "configs": [*used, config.name],
             "on_the_command_line": list(config.overridden), "varies": [entry.option for entry in config.varied],

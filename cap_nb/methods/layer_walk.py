@@ -148,6 +148,7 @@ def unreached(layer_projections: Sequence[Projection], sums: dict[str, torch.Ten
 # %% ../../nbs/methods/00_layer_walk.ipynb #aa94ce91
 from typing import NamedTuple
 from cap_nb.core.files import sha256_of_text
+from cap_nb.core.registry import code_of
 from cap_nb.models.loading import model_fingerprint
 
 def losses_key(model: nn.Module, calibration: Calibration, tokenizer_fingerprint: str = "",
@@ -155,7 +156,9 @@ def losses_key(model: nn.Module, calibration: Calibration, tokenizer_fingerprint
     "The key of a table: model, tokenizer, tokens and labels, dtype, target; not names, not K, not sparsity."
     dtype = str(next(model.parameters()).dtype)
     parts = [fingerprint or model_fingerprint(model), tokenizer_fingerprint, calibration.fingerprint, dtype]
-    return sha256_of_text("\n".join(parts if target == "loss" else [*parts, target]))[:16]
+    if target != "loss": parts.append(target)
+    if family := code_of("family", getattr(model.config, "model_type", "")): parts.append(family)
+    return sha256_of_text("\n".join(parts))[:16]
 
 # %% ../../nbs/methods/00_layer_walk.ipynb #02b15355
 class Unit(NamedTuple):

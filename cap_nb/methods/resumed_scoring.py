@@ -292,6 +292,11 @@ def head_groups(heads: Sequence[int], together: int) -> tuple[tuple[int, ...], .
     "Cut the heads of a layer into passes."
     return tuple(tuple(heads[start:start + together]) for start in range(0, len(heads), together))
 
+def made_by(model: nn.Module) -> str: # 8 hexadecimal digits
+    "Device and versions, on which the last bits depend."
+    device = next(model.parameters()).device.type
+    return sha256_of_text(f"{device} {torch.__version__} {transformers.__version__}")[:8]
+
 def make_plan(model: nn.Module, calibration: Calibration, request: Request,
               units: Path | None) -> tuple[ScoringPlan, list[BatchState]]:
     "Prepare the batches, group the heads, and name the folder of the units; all batches are before the first layer."
@@ -300,9 +305,7 @@ def make_plan(model: nn.Module, calibration: Calibration, request: Request,
     if not together: # as many as fit with the largest batch, the same in every process
         largest = max(range(len(states)), key=lambda index: states[index].hidden.shape[:2].numel())
         together = request.share.minimum(heads_by_memory(model, states[largest], targets[largest], prefix))
-    device = next(model.parameters()).device.type
-    made_by = f"{device} {torch.__version__} {transformers.__version__}" # on which last bits depend
-    named = f"{request.batch_tokens}-{prefix.length if prefix else 0}-{sha256_of_text(made_by)[:8]}-{together}"
+    named = f"{request.batch_tokens}-{prefix.length if prefix else 0}-{made_by(model)}-{together}"
     folder = units and units/named
     groups = tuple(head_groups(of_layer, together) for of_layer in heads)
     return ScoringPlan(calibration=calibration, prefix=prefix, targets=tuple(targets), groups=groups,

@@ -23,8 +23,8 @@ from cap_nb.data.prompts import collate, token_batches
 from cap_nb.methods.attributions import gate_slopes, task_indices
 from cap_nb.methods.layer_walk import check_finite_table, losses_key
 from cap_nb.methods.resumed_scoring import (
-    check_table, head_groups, heads_by_memory, intact_step, load_losses, masked_losses, prepare_batch, table_read,
-    write_table)
+    check_table, head_groups, heads_by_memory, intact_step, load_losses, made_by, masked_losses, prepare_batch,
+    table_read, write_table)
 from cap_nb.models.anatomy import dimensions
 from cap_nb.models.loading import model_fingerprint
 from cap_nb.scoring import causal_scores, head_losses, HeadLosses, token_counts
@@ -339,7 +339,7 @@ def screen_heads(
     if heads_at_once is not None: check_at_least(heads_at_once, 1, "heads_at_once")
     fingerprint = model_fingerprint(model)
     key = losses_key(model, calibration, tokenizer_fingerprint, fingerprint)
-    folder = None if store is None else Path(store)/f"{key}-screened-{batch_tokens}"
+    folder = None if store is None else Path(store)/f"{key}-screened-{batch_tokens}-{made_by(model)}"
     screening = Screening(model=model, calibration=calibration, batch_tokens=batch_tokens, heads_at_once=heads_at_once,
                           folder=folder)
     with alone_in(folder) if folder else nullcontext():
