@@ -14,6 +14,7 @@ from cap_nb.methods.sparsegpt import input_hessians
 from cap_nb.models.anatomy import decoder_layers, projections
 from cap_nb.models.replay import attention_of
 from cap_nb.scoring import batches_of
+from fixtures import refuses
 from proofs import random_examples, TINY_MODELS, tiny_calibration, tiny_factors, tiny_model
 
 LEVELS = (0.3, 0.6)
@@ -89,6 +90,11 @@ def test_budgets_reach_solvers_and_recoveries(method):
     assert max(wanted.values()) - min(wanted.values()) > 0.15
     for _, _, name, zeros, weights in prune(model, method, 0.5, factors, tiny_calibration()).table:
         assert abs(zeros / weights - wanted[name]) < 0.06, name  # a row has 18 weights
+
+
+@pytest.mark.parametrize("change", [lambda factors: factors.repeat(1, 2), lambda factors: factors[:1], lambda factors: factors[0], torch.neg])
+def test_factors_of_another_model_give_no_budgets(change):
+    refuses("factors? .*: expected", prune, model := tiny_model("llama"), "magnitude@row+causal", 0.5, change(tiny_factors(model)))
 
 
 def test_apart_is_attention_first():

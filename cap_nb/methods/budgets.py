@@ -124,6 +124,11 @@ def scaled_sparsity(exponents: Sequence[float], weights: Sequence[int], sparsity
     return tuple(shares.clamp(0, 1 - 1e-12).tolist())
 
 # %% ../../nbs/methods/22_budgets.ipynb #4f875fba
+def mean_factors(model: nn.Module, inputs: Inputs) -> list[float]:
+    "Mean importance factor of every layer's heads; those of another model raise `BadInput`."
+    inputs.factors.check(model)
+    return inputs.factors.heads.double().mean(1).tolist()
+
 ALLOCATIONS.update({
     "uniform": Allocation(summary="every layer the same", source="", needs=(),
                           shares=by_signal(lambda model, inputs: [1.0] * len(layer_weights(model)))),
@@ -138,7 +143,7 @@ ALLOCATIONS.update({
                                        spread=DLP_WIDTH)),
     "causal": Allocation(summary="layers with more causal heads lose less", needs=("factors",),
                          source="the paper's factors under OWL's map",
-                         shares=by_signal(lambda model, inputs: inputs.factors.heads.double().mean(1).tolist()))})
+                         shares=by_signal(mean_factors))})
 
 # %% ../../nbs/methods/22_budgets.ipynb #255ec7c4
 @dataclass(frozen=True)
