@@ -47,8 +47,8 @@ from .methods.layer_walk import check_started_once, device_of_process, joined, l
 from .methods.layers_on_disk import check_walked, prune_layers
 from .methods.neurons import UNIT_AWARE
 from .methods.prune import (
-    by_masked_heads, check_fits, check_method, highest_sparsity, MethodName, needs_of, own_scope, prune_with,
-    reading_of, READINGS, solves, unit_factors)
+    by_masked_heads, by_regions, check_fits, check_method, highest_sparsity, MethodName, needs_of, own_scope,
+    prune_with, reading_of, READINGS, solves, unit_factors)
 from .methods.resumed_scoring import check_target, help_scoring, Request, save_losses, scored_table
 from .methods.screening import read_scores, save_partial, screen_heads
 from .methods.selection import check_pattern
@@ -354,9 +354,10 @@ def check_pruning(job: Job, pruning: SinglePruning) -> None:
     if how != PruneSettings.aggregation and not (takes_table or parts.attribution in UNIT_AWARE):
         raise BadInput(f"--aggregation {how} was given with method {method!r}, which has no losses of subsets: "
                        "expected a method as cap; name one, or leave --aggregation out.")
-    if pruning.key_value != SinglePruning.key_value and "factors" not in needs_of(parts):
-        raise BadInput(f"--key-value {pruning.key_value} was given with method {method!r}, which has no factors: "
-                       "expected a method as cap; name one, or leave --key-value out.")
+    shares_heads = by_regions(parts) and reading_of(parts.attribution).layout == "heads"
+    if pruning.key_value != SinglePruning.key_value and not shares_heads:
+        raise BadInput(f"--key-value {pruning.key_value} was given with method {method!r}, which gives key-value heads "
+                       "no factors: expected a method as cap; name one, or leave --key-value out.")
     check_target_kept(job.prune.score_target, pruning.scores)
     by_scores = parts.base in CRITERIA and own_scope(parts) in ("model", "layer", "matrix")
     if pruning.ties == "all" and not (by_scores and pruning.hessians is None):

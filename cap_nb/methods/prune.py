@@ -121,7 +121,7 @@ def needs_of(parts: MethodName) -> tuple[str, ...]:
     others = {"dense": (), "sparsegpt": ("calibration",), "alps": ("calibration",), "heads": ("factors",)}
     criterion = CRITERIA.get(parts.base)
     needs = tuple(GIVES[need] for need in criterion.needs) if criterion else others[parts.base]
-    if parts.base in SOLVERS and parts.attribution in NEURON_AWARE: needs += ("factors",)
+    if by_regions(parts): needs += ("factors",)
     if parts.allocation: needs += ALLOCATIONS[parts.allocation].needs
     if parts.recovery: needs += ("calibration",)
     return tuple(dict.fromkeys(needs))
@@ -130,18 +130,21 @@ def by_masked_heads(parts: MethodName) -> bool:
     "Whether a method takes its factors from masked heads."
     return "factors" in needs_of(parts) and parts.attribution in (None, *READINGS)
 
+def by_regions(parts: MethodName) -> bool:
+    "Whether a method weighs every weight by the factor of its region."
+    if parts.base in SOLVERS: return parts.attribution in NEURON_AWARE
+    return parts.base in CRITERIA and "factor" in CRITERIA[parts.base].needs
+
 # %% ../../nbs/methods/24_prune.ipynb #c015
 def check_attribution(name: str, parts: MethodName) -> None:
     "Refuse an attribution where nothing uses the factors it makes, with `BadInput`."
     if parts.attribution and "factors" not in needs_of(parts):
         raise BadInput(f"Method {name!r} names an attribution but uses no importance factors: "
                        f"expected cap, cap_wanda, heads or +causal; leave .{parts.attribution} out.")
-    uses_units = parts.base in CRITERIA and "factor" in CRITERIA[parts.base].needs
-    if parts.attribution in READINGS and READINGS[parts.attribution].layout != "heads" and not uses_units:
+    if parts.attribution in READINGS and READINGS[parts.attribution].layout != "heads" and not by_regions(parts):
         raise BadInput(f"Method {name!r} says which weights belong to a head and weighs none by its head: "
                        f"expected cap or cap_wanda; leave .{parts.attribution} out.")
-    uses_units |= parts.base in SOLVERS and parts.attribution in NEURON_AWARE
-    if parts.attribution in UNIT_AWARE and not uses_units:
+    if parts.attribution in UNIT_AWARE and not by_regions(parts):
         raise BadInput(f"Method {name!r} gives experts or neurons their own factors and uses none: "
                        f"expected cap or cap_wanda, or neurons for sparsegpt or alps; leave .{parts.attribution} out.")
 
