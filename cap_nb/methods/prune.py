@@ -26,7 +26,7 @@ from cap_nb.methods.criteria import (
 from cap_nb.methods.experts import check_has_experts, ROUTING_AWARE
 from cap_nb.methods.explainable_masks import head_share, prune_heads
 from cap_nb.methods.layer_walk import LayerStep
-from cap_nb.methods.neurons import neuron_table, NEURON_AWARE, UNIT_AWARE, unit_aware_factors, weighing
+from cap_nb.methods.neurons import neuron_table, NEURON_AWARE, UNIT_AWARE, unit_aware_factors, weighed, weighing
 from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.methods.selection import (
     check_pattern, check_pattern_fits, Criterion, Measurements, pattern_of, SCOPES, smallest_in_groups, TIES)
@@ -288,8 +288,8 @@ def recovered_weight(dense: torch.Tensor, mask: torch.Tensor, hessian: torch.Ten
     return dense.masked_fill(mask, 0.0)
 
 def recovering(model: nn.Module, solver: LayerSolver, steps: tuple[str, ...], pattern: tuple[int, int] | None,
-               seed: int) -> LayerSolver:
-    "Prune a layer, then repair what was pruned."
+               seed: int, factors: dict[str, torch.Tensor] | None = None) -> LayerSolver:
+    "Prune a layer, then repair what was pruned, in the problem that factors weigh if there are any."
     form, by_matrix = FORMS.get(steps[-1]), {"swaps", "update"} & set(steps)
     def solve(step: LayerStep, hessians: Hessians) -> None:
         targets = targets_of(model, step, form) if form else []
@@ -297,6 +297,7 @@ def recovering(model: nn.Module, solver: LayerSolver, steps: tuple[str, ...], pa
         solver(step, hessians)
         for p in step.projections if by_matrix else ():
             mask, hessian = p.weight == 0, hessians[p.name]
+            if factors: hessian = weighed(hessian, factors[p.name])
             p.weight.copy_(recovered_weight(dense[p.name], mask, hessian, steps, pattern, p.name))
         if form: rebuild(model, step, form, targets, seed)
     return solve
@@ -340,7 +341,7 @@ def layer_solver(model: nn.Module, parts: MethodName, sparsity: float, inputs: I
     scope = own_scope(parts)
     if parts.base in SOLVERS:
         solver = matrix_solver(parts.base, pattern_of(scope))
-        if parts.attribution in NEURON_AWARE: solver = weighing(solver, region_factors(model, inputs.factors))
+        if by_regions(parts): solver = weighing(solver, region_factors(model, inputs.factors))
         return by_matrix(solver, shares)
     criterion = CRITERIA[parts.base]
     if not walks(criterion, scope): return by_masks(masks or dense_masks(model, parts, sparsity, inputs))
@@ -383,7 +384,8 @@ def walk_with_hessians(model: nn.Module, parts: MethodName, sparsity: float, inp
     kept = walk_folder(model, parts, sparsity, inputs)
     shares = projection_shares(model, sparsity, inputs, own_scope(parts))
     solver = layer_solver(model, parts, sparsity, inputs, shares, masks)
-    if steps: solver = recovering(model, solver, steps, pattern, inputs.seed)
+    factors = region_factors(model, inputs.factors) if steps and parts.base in SOLVERS and by_regions(parts) else None
+    if steps: solver = recovering(model, solver, steps, pattern, inputs.seed, factors)
     one_by_one = parts.base in CRITERIA and "regional_gradient" in CRITERIA[parts.base].needs
     tokens = 1 if one_by_one else inputs.batch_tokens
     if form: tokens = min(tokens, training_tokens(sum(len(each.input_ids) for each in inputs.calibration.examples)))
