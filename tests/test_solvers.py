@@ -99,6 +99,14 @@ def test_factors_of_another_model_give_no_budgets(change):
     refuses("factors? .*: expected", prune, model := tiny_model("llama"), "magnitude@row+causal", 0.5, change(tiny_factors(model)))
 
 
+def test_budgets_of_a_model_that_is_half_zeros(caplog):
+    """Zeros move no prediction and have no score: kl is refused, dlp says that it gives all layers the same."""
+    prune(model := tiny_model("llama"), "wanda", 0.5, calibration=tiny_calibration())
+    refuses("50.0% of the weights are zero already", prune, model, "wanda+kl", 0.6, calibration=tiny_calibration())
+    prune(model, "wanda+dlp", 0.6, calibration=tiny_calibration())
+    assert "dlp gives all layers the same share" in caplog.text
+
+
 @pytest.mark.parametrize("recovery", ["update", "swaps^update"])
 def test_a_recovery_keeps_the_weights_that_a_solver_was_given(recovery):
     """The error with a neuron's or a head's factor on its column, which the solver lowers, falls further."""

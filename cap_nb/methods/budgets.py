@@ -27,6 +27,7 @@ from cap_nb.methods.resumed_scoring import last_layer_at_targets, prepare_batch,
 from cap_nb.methods.selection import competing, Measurements, scores_of, smallest_in_rows
 from cap_nb.methods.wanda import WANDA
 from cap_nb.models.anatomy import final_norm, Projection, projections
+from cap_nb.models.checks import zeros_of
 from cap_nb.models.families import HOLDS
 from cap_nb.models.loading import model_fingerprint
 from cap_nb.scoring import mean_by_example
@@ -80,6 +81,8 @@ def by_signal(signal: Callable[[nn.Module, Inputs], Sequence[float]],
     return shares
 
 # %% ../../nbs/methods/22_budgets.ipynb #dd90ac36
+log = logging.getLogger(__name__)
+
 DLP_WIDTH = 0.15 # alpha, half the distance between the sparsities of the first and the last in rank
 
 def layer_scores(model: nn.Module, inputs: Inputs) -> Iterator[torch.Tensor]: # float32 [weights]
@@ -95,7 +98,11 @@ def outlier_shares(model: nn.Module, inputs: Inputs) -> list[float]:
 
 def small_medians(model: nn.Module, inputs: Inputs) -> list[float]:
     "The importance of layers from the median of their scores (Chen et al. 2025), up to the map."
-    return [-scores.median().item() for scores in layer_scores(model, inputs)]
+    medians = [scores.median().item() for scores in layer_scores(model, inputs)]
+    if not any(medians):
+        log.warning("The median score is 0 in every layer, as where half of the weights are zero already: "
+                    "dlp gives all layers the same share")
+    return [-median for median in medians]
 
 # %% ../../nbs/methods/22_budgets.ipynb #558b3b8f
 def hill_exponent(weight: torch.Tensor) -> float:
@@ -259,8 +266,6 @@ def measured_divergences(model: nn.Module, calibration: Calibration, levels: Seq
     return torch.stack(rows)
 
 # %% ../../nbs/methods/22_budgets.ipynb #76954a09
-log = logging.getLogger(__name__)
-
 def raised_means(means: torch.Tensor, floor: float = 1e-3) -> tuple[torch.Tensor, torch.Tensor]: # [R, m], bool [R]
     "Mean divergences not below a share of their level's median, and which regions were above; zeros raise `BadInput`."
     means = means.double()
@@ -351,6 +356,14 @@ def check_settings(settings: BudgetSettings, sparsity: float) -> None:
                        "as in (0.3, 0.6); give such levels.")
     check_at_least(settings.examples, 1, "examples")
 
+def check_few_zeros(model: nn.Module, level: float) -> None:
+    "Raise `BadInput` for a model with so many zeros that pruning regions to a level would move nothing."
+    zeros, weights = zeros_of(model)
+    if zeros >= level * weights:
+        raise BadInput(f"{zeros / weights:.1%} of the weights are zero already, and {level:g} is the lowest level: "
+                       "expected a level above that share, since zeros move no prediction; prune without +kl, or call "
+                       "measured_budgets with higher levels.")
+
 # %% ../../nbs/methods/22_budgets.ipynb #3ee8afdc
 @validate_arguments
 @torch.no_grad()
@@ -364,6 +377,7 @@ def measured_budgets(
 ) -> Budgets: # A share for every projection, with all that it comes from
     "Budgets from interventions, resumed where a killed run stopped; settings that cannot be raise `BadInput`."
     check_settings(settings, sparsity)
+    check_few_zeros(model, settings.levels[0])
     local = local or wanda_local(model, calibration, settings.batch_tokens)
     folder = None
     if store:
@@ -386,5 +400,6 @@ def divergence_shares(model: nn.Module, inputs: Inputs, sparsity: float) -> dict
     return measured_budgets(model, inputs.calibration, sparsity, settings, inputs.store).modules
 
 ALLOCATIONS["kl"] = Allocation(
-    summary="attentions and MLPs that move the predictions more, pruned alone, lose less", needs=("calibration",),
+    summary="attentions and MLPs that move the predictions more for each weight, pruned alone, lose less",
+    needs=("calibration",),
     source="interventions, as in the paper, on parts of layers", shares=divergence_shares)
