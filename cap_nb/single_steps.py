@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 from .calibration import Calibration
-from .core.errors import BadInput, check_at_least
+from .core.errors import BadInput, check_at_least, percent_below
 from cap_nb.core.files import (
     alone_in, check_disk_room, check_new_folder, HALF_WRITTEN, read_checked, remove, shard_files, whole_folder,
     write_checked)
@@ -228,8 +228,8 @@ def prune_in_memory(job: Job, pruning: SinglePruning, out: Path, working: Path) 
     check_pattern(own_scope(parts), pruning.sparsity)
     check_fits(pruning.method, model)
     if pruning.sparsity > (most := highest_sparsity(pruning.method, model)):
-        raise BadInput(f"Sparsity {pruning.sparsity:g} was asked of {pruning.method}, which reaches {most:.1%} here: "
-                       "expected at most that; ask for less, or use another method.")
+        raise BadInput(f"Sparsity {pruning.sparsity:g} was asked of {pruning.method}, which reaches "
+                       f"{percent_below(most)} here: expected at most that; ask for less, or use another method.")
     calibration = job_calibration(job, tokenizer) if is_calibrated(parts, pruning.scores) else None
     fingerprint = model_fingerprint(model)
     factors = factors_from(pruning, fingerprint, job.prune)
