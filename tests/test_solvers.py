@@ -35,7 +35,7 @@ def test_nothing_is_missed_where_statistics_end_a_pass(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
 def test_an_expert_without_tokens_has_the_same_norm_by_hessians(name):
-    """It is as small as that of the expert reached least, so under a layer's threshold a recovery starts from the zeros of plain Wanda."""
+    """It is as small as the smallest of another expert, so under a layer's threshold a recovery starts from the zeros of plain Wanda."""
     few = Calibration.from_examples(random_examples([4], 1), k=1)
     silent = 0
     for step in layer_by_layer(tiny_model(name), few):

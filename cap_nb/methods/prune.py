@@ -26,7 +26,7 @@ from cap_nb.methods.criteria import (
 from cap_nb.methods.experts import check_has_experts, ROUTING_AWARE
 from cap_nb.methods.explainable_masks import head_share, prune_heads
 from cap_nb.methods.layer_walk import LayerStep
-from cap_nb.methods.neurons import neuron_table, NEURON_AWARE, UNIT_AWARE, unit_aware_factors, weighed, weighing
+from cap_nb.methods.neurons import neuron_table, NEURON_AWARE, UNIT_AWARE, unit_aware_factors, weighed_hessian, weighing
 from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.methods.selection import (
     check_pattern, check_pattern_fits, Criterion, Measurements, pattern_of, SCOPES, smallest_in_groups, TIES)
@@ -59,7 +59,7 @@ RECOVERIES["swaps"] = Described("then zeros change places within their row while
                                 "Zimmer et al. 2025")
 RECOVERIES["update"] = Described("then least squares for the weights that stay", "Meng et al. 2024")
 RECOVERIES.update({name: Described(form.says, "after Guo et al. 2024") for name, form in FORMS.items()})
-SOLVERS["sparsegpt"] = Described("the least error layer by layer, with updates of the weights that stay",
+SOLVERS["sparsegpt"] = Described("a small error layer by layer, with updates of the weights that stay",
                                  "Frantar and Alistarh 2023")
 SOLVERS["alps"] = Described(
     "zeros and weights that stay sought together, layer by layer, in 2 to 6 times SparseGPT's time", "Meng et al. 2024")
@@ -204,10 +204,14 @@ def method_line(name: str) -> tuple[str, str]:
     extras += [ALLOCATIONS[parts.allocation]] if parts.allocation else []
     extras += [RECOVERIES[step] for step in recovery_steps(parts.recovery)] if parts.recovery else []
     says = [base.says if base else OTHERS[parts.base].summary]
+    if parts.attribution in ATTRIBUTIONS: # which need not be causal
+        says[0] = says[0].replace("causal importance", "importance").replace("causal", "important")
     if pattern: says.append(f"{pattern[0]} zeros among every {pattern[1]} neighbours")
     elif base: says.append(WITHIN[own_scope(parts)])
+    if parts.allocation and own_scope(parts) == "layer": says[-1] += " and share"
+    says += [extra.summary.replace("their row", "their group") if pattern else extra.summary for extra in extras]
     sources = [base.source if base else OTHERS[parts.base].source, *(extra.source for extra in extras)]
-    return "; ".join([*says, *(extra.summary for extra in extras)]), "; ".join(source for source in sources if source)
+    return "; ".join(says), "; ".join(source for source in sources if source)
 
 RANKED = ("magnitude", "cap", "wanda", "cap_wanda", "ria", "gradient", "integrated_gradients",
           "relevance") # All of the package but random
@@ -281,8 +285,8 @@ def with_factors(model: nn.Module, parts: MethodName, inputs: Inputs) -> Inputs:
 def recovered_weight(dense: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor, steps: tuple[str, ...],
                      pattern: tuple[int, int] | None, name: str = "the matrix") -> torch.Tensor: # [out, in]
     "Recover a weight whose mask, bool [out, in], a method chose: swaps, which keep a pattern, the update, or both."
-    if "swaps" in steps: # of a group with more zeros than the pattern's the others stay where they are
-        few = smallest_in_groups((~mask).float(), *pattern) if pattern else mask
+    if "swaps" in steps: # of a group with more zeros than the pattern's, some that were zero before stay as they are
+        few = smallest_in_groups(2.0 * ~mask + (dense == 0), *pattern) if pattern else mask
         mask = swapped_mask(dense, few, hessian, pattern, name=name) | (mask & ~few)
     if "update" in steps: return updated_weight(dense, mask, hessian, name=name)
     return dense.masked_fill(mask, 0.0)
@@ -297,7 +301,7 @@ def recovering(model: nn.Module, solver: LayerSolver, steps: tuple[str, ...], pa
         solver(step, hessians)
         for p in step.projections if by_matrix else ():
             mask, hessian = p.weight == 0, hessians[p.name]
-            if factors: hessian = weighed(hessian, factors[p.name])
+            if factors: hessian = weighed_hessian(hessian, factors[p.name])
             p.weight.copy_(recovered_weight(dense[p.name], mask, hessian, steps, pattern, p.name))
         if form: rebuild(model, step, form, targets, seed)
     return solve
