@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 from .calibration import Calibration
-from .core.errors import BadInput, check_at_least
+from .core.errors import BadInput, check_at_least, percent_below
 from cap_nb.core.files import (
     alone_in, check_disk_room, check_new_folder, HALF_WRITTEN, read_checked, remove, shard_files, whole_folder,
     write_checked)
@@ -47,8 +47,8 @@ from .methods.layer_walk import check_started_once, device_of_process, joined, l
 from .methods.layers_on_disk import check_walked, prune_layers
 from .methods.neurons import UNIT_AWARE
 from .methods.prune import (
-    by_masked_heads, check_fits, check_method, highest_sparsity, MethodName, needs_of, own_scope, prune_with,
-    reading_of, READINGS, solves, unit_factors)
+    by_masked_heads, by_regions, check_fits, check_method, highest_sparsity, MethodName, needs_of, own_scope,
+    prune_with, reading_of, READINGS, solves, unit_factors)
 from .methods.resumed_scoring import check_target, help_scoring, Request, save_losses, scored_table
 from .methods.screening import read_scores, save_partial, screen_heads
 from .methods.selection import check_pattern
@@ -235,8 +235,8 @@ def prune_in_memory(job: Job, pruning: SinglePruning, out: Path, working: Path) 
     check_pattern(own_scope(parts), pruning.sparsity)
     check_fits(pruning.method, model)
     if pruning.sparsity > (most := highest_sparsity(pruning.method, model)):
-        raise BadInput(f"Sparsity {pruning.sparsity:g} was asked of {pruning.method}, which reaches {most:.1%} here: "
-                       "expected at most that; ask for less, or use another method.")
+        raise BadInput(f"Sparsity {pruning.sparsity:g} was asked of {pruning.method}, which reaches "
+                       f"{percent_below(most)} here: expected at most that; ask for less, or use another method.")
     calibration = job_calibration(job, tokenizer) if is_calibrated(parts, pruning.scores) else None
     fingerprint = model_fingerprint(model)
     factors = factors_from(pruning, fingerprint, job.prune)
@@ -367,9 +367,10 @@ def check_pruning(job: Job, pruning: SinglePruning) -> None:
     if how != PruneSettings.aggregation and not (takes_table or parts.attribution in UNIT_AWARE):
         raise BadInput(f"--aggregation {how} was given with method {method!r}, which has no losses of subsets: "
                        "expected a method as cap; name one, or leave --aggregation out.")
-    if pruning.key_value != SinglePruning.key_value and "factors" not in needs_of(parts):
-        raise BadInput(f"--key-value {pruning.key_value} was given with method {method!r}, which has no factors: "
-                       "expected a method as cap; name one, or leave --key-value out.")
+    shares_heads = by_regions(parts) and reading_of(parts.attribution).layout == "heads"
+    if pruning.key_value != SinglePruning.key_value and not shares_heads:
+        raise BadInput(f"--key-value {pruning.key_value} was given with method {method!r}, which gives key-value heads "
+                       "no factors: expected a method as cap; name one, or leave --key-value out.")
     check_target_kept(job.prune.score_target, pruning.scores)
     by_scores = parts.base in CRITERIA and own_scope(parts) in ("model", "layer", "matrix")
     if pruning.ties == "all" and not (by_scores and pruning.hessians is None):

@@ -9,11 +9,14 @@ from cap_nb.methods.layer_walk import layer_by_layer
 from cap_nb.methods import wanda
 from cap_nb.methods.budgets import measured_divergences, pruned_regions, sublayers, wanda_local
 from cap_nb.methods.criteria import Inputs
+from cap_nb.methods.experts import UnitFactors
 from cap_nb.methods.prune import ALLOCATIONS, prune
 from cap_nb.methods.sparsegpt import input_hessians
 from cap_nb.models.anatomy import decoder_layers, projections
 from cap_nb.models.replay import attention_of
+from cap_nb.regions import region_factors
 from cap_nb.scoring import batches_of
+from fixtures import refuses
 from proofs import random_examples, TINY_MODELS, tiny_calibration, tiny_factors, tiny_model
 
 LEVELS = (0.3, 0.6)
@@ -32,7 +35,7 @@ def test_nothing_is_missed_where_statistics_end_a_pass(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
 def test_an_expert_without_tokens_has_the_same_norm_by_hessians(name):
-    """It is as small as that of the expert reached least, so under a layer's threshold a recovery starts from the zeros of plain Wanda."""
+    """It is as small as the smallest of another expert, so under a layer's threshold a recovery starts from the zeros of plain Wanda."""
     few = Calibration.from_examples(random_examples([4], 1), k=1)
     silent = 0
     for step in layer_by_layer(tiny_model(name), few):
@@ -89,6 +92,35 @@ def test_budgets_reach_solvers_and_recoveries(method):
     assert max(wanted.values()) - min(wanted.values()) > 0.15
     for _, _, name, zeros, weights in prune(model, method, 0.5, factors, tiny_calibration()).table:
         assert abs(zeros / weights - wanted[name]) < 0.06, name  # a row has 18 weights
+
+
+@pytest.mark.parametrize("change", [lambda factors: factors.repeat(1, 2), lambda factors: factors[:1], lambda factors: factors[0], torch.neg])
+def test_factors_of_another_model_give_no_budgets(change):
+    refuses("factors? .*: expected", prune, model := tiny_model("llama"), "magnitude@row+causal", 0.5, change(tiny_factors(model)))
+
+
+def test_budgets_of_a_model_that_is_half_zeros(caplog):
+    """Zeros move no prediction and have no score: kl is refused, dlp says that it gives all layers the same."""
+    prune(model := tiny_model("llama"), "wanda", 0.5, calibration=tiny_calibration())
+    refuses("50.0% of the weights are zero already", prune, model, "wanda+kl", 0.6, calibration=tiny_calibration())
+    prune(model, "wanda+dlp", 0.6, calibration=tiny_calibration())
+    assert "dlp gives all layers the same share" in caplog.text
+
+
+@pytest.mark.parametrize("recovery", ["update", "swaps^update"])
+def test_a_recovery_keeps_the_weights_that_a_solver_was_given(recovery):
+    """The error with a neuron's or a head's factor on its column, which the solver lowers, falls further."""
+    model, calibration = tiny_model("llama"), tiny_calibration()
+    neurons = 1 + 9 * torch.rand(len(decoder_layers(model)), projections(model)[6].weight.shape[1], generator=torch.Generator().manual_seed(0))
+    factors, hessians = UnitFactors(tiny_factors(model), neurons=neurons), input_hessians(next(layer_by_layer(model, calibration)))
+    solved, recovered = tiny_model("llama"), tiny_model("llama")
+    prune(solved, "sparsegpt.neurons", 0.5, factors, calibration)
+    prune(recovered, f"sparsegpt.neurons^{recovery}", 0.5, factors, calibration)
+    for p, *after in zip(projections(model), projections(solved), projections(recovered)):
+        if p.layer == 0 and p.role in ("output", "down"):
+            gone = [(p.weight - q.weight).detach().double() * region_factors(model, factors)[p.name] for q in after]
+            before, now = (((error @ hessians[p.name].double()) * error).sum() for error in gone)
+            assert now < before, (p.name, before, now)
 
 
 def test_apart_is_attention_first():

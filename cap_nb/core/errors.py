@@ -56,6 +56,10 @@ def check_sparsity(sparsity: float) -> float:
     if is_number(sparsity) and math.isfinite(sparsity) and 0 <= sparsity < 1: return float(sparsity)
     raise BadInput(f"Sparsity {sparsity!r} is outside [0, 1): expected a share of weights; write 0.2 for 20 %.")
 
+def percent_below(share: float) -> str:
+    "A highest share in per cent, rounded down: who asks for what is printed gets it."
+    return f"{math.floor(1000 * share) / 1000:.1%}"
+
 def check_confidence(confidence: float) -> float:
     "Return `confidence` if it lies between 0 and 1; otherwise raise `BadInput`."
     if is_number(confidence) and 0 < confidence < 1: return confidence

@@ -27,6 +27,7 @@ from cap_nb.methods.resumed_scoring import last_layer_at_targets, prepare_batch,
 from cap_nb.methods.selection import competing, Measurements, scores_of, smallest_in_rows
 from cap_nb.methods.wanda import WANDA
 from cap_nb.models.anatomy import final_norm, Projection, projections
+from cap_nb.models.checks import zeros_of
 from cap_nb.models.families import HOLDS
 from cap_nb.models.loading import model_fingerprint
 from cap_nb.scoring import mean_by_example
@@ -80,6 +81,8 @@ def by_signal(signal: Callable[[nn.Module, Inputs], Sequence[float]],
     return shares
 
 # %% ../../nbs/methods/22_budgets.ipynb #dd90ac36
+log = logging.getLogger(__name__)
+
 DLP_WIDTH = 0.15 # alpha, half the distance between the sparsities of the first and the last in rank
 
 def layer_scores(model: nn.Module, inputs: Inputs) -> Iterator[torch.Tensor]: # float32 [weights]
@@ -95,7 +98,11 @@ def outlier_shares(model: nn.Module, inputs: Inputs) -> list[float]:
 
 def small_medians(model: nn.Module, inputs: Inputs) -> list[float]:
     "The importance of layers from the median of their scores (Chen et al. 2025), up to the map."
-    return [-scores.median().item() for scores in layer_scores(model, inputs)]
+    medians = [scores.median().item() for scores in layer_scores(model, inputs)]
+    if not any(medians):
+        log.warning("The median score is 0 in every layer, as where half of the weights are zero already: "
+                    "dlp gives all layers the same share")
+    return [-median for median in medians]
 
 # %% ../../nbs/methods/22_budgets.ipynb #558b3b8f
 def hill_exponent(weight: torch.Tensor) -> float:
@@ -124,6 +131,11 @@ def scaled_sparsity(exponents: Sequence[float], weights: Sequence[int], sparsity
     return tuple(shares.clamp(0, 1 - 1e-12).tolist())
 
 # %% ../../nbs/methods/22_budgets.ipynb #4f875fba
+def mean_factors(model: nn.Module, inputs: Inputs) -> list[float]:
+    "Mean importance factor of every layer's heads; those of another model raise `BadInput`."
+    inputs.factors.check(model)
+    return inputs.factors.heads.double().mean(1).tolist()
+
 ALLOCATIONS.update({
     "uniform": Allocation(summary="every layer the same", source="", needs=(),
                           shares=by_signal(lambda model, inputs: [1.0] * len(layer_weights(model)))),
@@ -138,7 +150,7 @@ ALLOCATIONS.update({
                                        spread=DLP_WIDTH)),
     "causal": Allocation(summary="layers with more causal heads lose less", needs=("factors",),
                          source="the paper's factors under OWL's map",
-                         shares=by_signal(lambda model, inputs: inputs.factors.heads.double().mean(1).tolist()))})
+                         shares=by_signal(mean_factors))})
 
 # %% ../../nbs/methods/22_budgets.ipynb #255ec7c4
 @dataclass(frozen=True)
@@ -254,8 +266,6 @@ def measured_divergences(model: nn.Module, calibration: Calibration, levels: Seq
     return torch.stack(rows)
 
 # %% ../../nbs/methods/22_budgets.ipynb #76954a09
-log = logging.getLogger(__name__)
-
 def raised_means(means: torch.Tensor, floor: float = 1e-3) -> tuple[torch.Tensor, torch.Tensor]: # [R, m], bool [R]
     "Mean divergences not below a share of their level's median, and which regions were above; zeros raise `BadInput`."
     means = means.double()
@@ -346,6 +356,14 @@ def check_settings(settings: BudgetSettings, sparsity: float) -> None:
                        "as in (0.3, 0.6); give such levels.")
     check_at_least(settings.examples, 1, "examples")
 
+def check_few_zeros(model: nn.Module, level: float) -> None:
+    "Raise `BadInput` for a model with so many zeros that pruning regions to a level would move nothing."
+    zeros, weights = zeros_of(model)
+    if zeros >= level * weights:
+        raise BadInput(f"{zeros / weights:.1%} of the weights are zero already, and {level:g} is the lowest level: "
+                       "expected a level above that share, since zeros move no prediction; prune without +kl, or call "
+                       "measured_budgets with higher levels.")
+
 # %% ../../nbs/methods/22_budgets.ipynb #3ee8afdc
 @validate_arguments
 @torch.no_grad()
@@ -359,6 +377,7 @@ def measured_budgets(
 ) -> Budgets: # A share for every projection, with all that it comes from
     "Budgets from interventions, resumed where a killed run stopped; settings that cannot be raise `BadInput`."
     check_settings(settings, sparsity)
+    check_few_zeros(model, settings.levels[0])
     local = local or wanda_local(model, calibration, settings.batch_tokens)
     folder = None
     if store:
@@ -381,5 +400,6 @@ def divergence_shares(model: nn.Module, inputs: Inputs, sparsity: float) -> dict
     return measured_budgets(model, inputs.calibration, sparsity, settings, inputs.store).modules
 
 ALLOCATIONS["kl"] = Allocation(
-    summary="attentions and MLPs that move the predictions more, pruned alone, lose less", needs=("calibration",),
+    summary="attentions and MLPs that move the predictions more for each weight, pruned alone, lose less",
+    needs=("calibration",),
     source="interventions, as in the paper, on parts of layers", shares=divergence_shares)

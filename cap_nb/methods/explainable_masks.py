@@ -9,7 +9,7 @@ __all__ = []
 from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
-from cap_nb.core.errors import BadInput, check_sparsity
+from cap_nb.core.errors import BadInput, check_sparsity, percent_below
 from cap_nb.models.anatomy import (
     Anatomy, anatomy, dimensions, expert_counts, key_value_head_of, Part, Projection, projections)
 from cap_nb.regions import check_head_factors
@@ -54,8 +54,8 @@ def heads_to_remove(model: nn.Module, scores: torch.Tensor, sparsity: float) -> 
     a, most, sizes = anatomy(model), head_share(model), sizes_of_heads(model)
     weights = sum(p.weight.numel() for p in projections(model))
     if check_sparsity(sparsity) > most:
-        raise BadInput(f"Sparsity {sparsity:g} was asked of removing heads, which hold {most:.1%} of the weights "
-                       f"in scope: expected at most that; ask for less, or use another method.")
+        raise BadInput(f"Sparsity {sparsity:g} was asked of removing heads, which hold {percent_below(most)} of the "
+                       f"weights in scope: expected at most that; ask for less, or use another method.")
     order = [divmod(index, a.heads) for index in scores.flatten().argsort(stable=True).tolist()]
     def missed(count: int) -> float: return abs(weights_removed(a, sizes, order[:count]) - sparsity * weights)
     return order[:min(range(len(order) + 1), key=missed)]
@@ -207,8 +207,8 @@ def share_of_units(model: nn.Module, weights: UnitTable, sparsity: float) -> flo
     most = sum(part.sum().item() for part in (weights.heads, weights.neurons))
     most /= sum(p.weight.numel() for p in projections(model))
     if check_sparsity(sparsity) > most:
-        raise BadInput(f"Sparsity {sparsity:g} was asked of removing heads and neurons, which hold {most:.1%} of the "
-                       "weights in scope: expected at most that; ask for less.")
+        raise BadInput(f"Sparsity {sparsity:g} was asked of removing heads and neurons, which hold "
+                       f"{percent_below(most)} of the weights in scope: expected at most that; ask for less.")
     return sparsity / most
 
 def on_budget(scores: UnitTable, thresholds: torch.Tensor, weights: UnitTable, share: float,

@@ -102,12 +102,16 @@ def unit_aware_factors(model: nn.Module, name: str, calibration: Calibration, lo
     return way.factors(way.measure(model, calibration, batch_tokens), losses, how)
 
 # %% ../../nbs/methods/23_neurons.ipynb #cbe6a6e9
+def weighed_hessian(hessian: torch.Tensor, factor: torch.Tensor) -> torch.Tensor: # C G C, or G
+    "The sum of products of the inputs, each input times its factor if factors differ along the columns."
+    factor = factor.to(hessian)
+    return factor.T * hessian * factor if factor.shape[0] == 1 < factor.shape[1] else hessian
+
 def weighing(solver: MatrixSolver, factors: dict[str, torch.Tensor]) -> MatrixSolver:
     "Let a solver weigh each error by what the neuron or head is worth whose row or column it is in."
     def solve(weight: torch.Tensor, hessian: torch.Tensor, share: float, name: str, once: MadeOnce) -> torch.Tensor:
         factor = factors[name].to(hessian)
-        if factor.numel() == 1: return solver(weight, hessian, share, name, once)
-        if factor.shape[0] == 1: return solver(weight, factor.T * hessian * factor, share, name, once)
+        if factor.shape[0] == 1: return solver(weight, weighed_hessian(hessian, factor), share, name, once)
         scaled = weight.to(torch.promote_types(weight.dtype, torch.float32)) * factor
         return (solver(scaled, hessian, share, name, once) / factor).to(weight.dtype)
     return solve

@@ -26,7 +26,7 @@ from cap_nb.methods.criteria import (
 from cap_nb.methods.experts import check_has_experts, ROUTING_AWARE
 from cap_nb.methods.explainable_masks import head_share, prune_heads
 from cap_nb.methods.layer_walk import LayerStep
-from cap_nb.methods.neurons import neuron_table, NEURON_AWARE, UNIT_AWARE, unit_aware_factors, weighing
+from cap_nb.methods.neurons import neuron_table, NEURON_AWARE, UNIT_AWARE, unit_aware_factors, weighed_hessian, weighing
 from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.methods.selection import (
     check_pattern, check_pattern_fits, Criterion, Measurements, pattern_of, SCOPES, smallest_in_groups, TIES)
@@ -59,7 +59,7 @@ RECOVERIES["swaps"] = Described("then zeros change places within their row while
                                 "Zimmer et al. 2025")
 RECOVERIES["update"] = Described("then least squares for the weights that stay", "Meng et al. 2024")
 RECOVERIES.update({name: Described(form.says, "after Guo et al. 2024") for name, form in FORMS.items()})
-SOLVERS["sparsegpt"] = Described("the least error layer by layer, with updates of the weights that stay",
+SOLVERS["sparsegpt"] = Described("a small error layer by layer, with updates of the weights that stay",
                                  "Frantar and Alistarh 2023")
 SOLVERS["alps"] = Described(
     "zeros and weights that stay sought together, layer by layer, in 2 to 6 times SparseGPT's time", "Meng et al. 2024")
@@ -121,7 +121,7 @@ def needs_of(parts: MethodName) -> tuple[str, ...]:
     others = {"dense": (), "sparsegpt": ("calibration",), "alps": ("calibration",), "heads": ("factors",)}
     criterion = CRITERIA.get(parts.base)
     needs = tuple(GIVES[need] for need in criterion.needs) if criterion else others[parts.base]
-    if parts.base in SOLVERS and parts.attribution in NEURON_AWARE: needs += ("factors",)
+    if by_regions(parts): needs += ("factors",)
     if parts.allocation: needs += ALLOCATIONS[parts.allocation].needs
     if parts.recovery: needs += ("calibration",)
     return tuple(dict.fromkeys(needs))
@@ -130,18 +130,21 @@ def by_masked_heads(parts: MethodName) -> bool:
     "Whether a method takes its factors from masked heads."
     return "factors" in needs_of(parts) and parts.attribution in (None, *READINGS)
 
+def by_regions(parts: MethodName) -> bool:
+    "Whether a method weighs every weight by the factor of its region."
+    if parts.base in SOLVERS: return parts.attribution in NEURON_AWARE
+    return parts.base in CRITERIA and "factor" in CRITERIA[parts.base].needs
+
 # %% ../../nbs/methods/24_prune.ipynb #c015
 def check_attribution(name: str, parts: MethodName) -> None:
     "Refuse an attribution where nothing uses the factors it makes, with `BadInput`."
     if parts.attribution and "factors" not in needs_of(parts):
         raise BadInput(f"Method {name!r} names an attribution but uses no importance factors: "
                        f"expected cap, cap_wanda, heads or +causal; leave .{parts.attribution} out.")
-    uses_units = parts.base in CRITERIA and "factor" in CRITERIA[parts.base].needs
-    if parts.attribution in READINGS and READINGS[parts.attribution].layout != "heads" and not uses_units:
+    if parts.attribution in READINGS and READINGS[parts.attribution].layout != "heads" and not by_regions(parts):
         raise BadInput(f"Method {name!r} says which weights belong to a head and weighs none by its head: "
                        f"expected cap or cap_wanda; leave .{parts.attribution} out.")
-    uses_units |= parts.base in SOLVERS and parts.attribution in NEURON_AWARE
-    if parts.attribution in UNIT_AWARE and not uses_units:
+    if parts.attribution in UNIT_AWARE and not by_regions(parts):
         raise BadInput(f"Method {name!r} gives experts or neurons their own factors and uses none: "
                        f"expected cap or cap_wanda, or neurons for sparsegpt or alps; leave .{parts.attribution} out.")
 
@@ -201,10 +204,14 @@ def method_line(name: str) -> tuple[str, str]:
     extras += [ALLOCATIONS[parts.allocation]] if parts.allocation else []
     extras += [RECOVERIES[step] for step in recovery_steps(parts.recovery)] if parts.recovery else []
     says = [base.says if base else OTHERS[parts.base].summary]
+    if parts.attribution in ATTRIBUTIONS: # which need not be causal
+        says[0] = says[0].replace("causal importance", "importance").replace("causal", "important")
     if pattern: says.append(f"{pattern[0]} zeros among every {pattern[1]} neighbours")
     elif base: says.append(WITHIN[own_scope(parts)])
+    if parts.allocation and own_scope(parts) == "layer": says[-1] += " and share"
+    says += [extra.summary.replace("their row", "their group") if pattern else extra.summary for extra in extras]
     sources = [base.source if base else OTHERS[parts.base].source, *(extra.source for extra in extras)]
-    return "; ".join([*says, *(extra.summary for extra in extras)]), "; ".join(source for source in sources if source)
+    return "; ".join(says), "; ".join(source for source in sources if source)
 
 RANKED = ("magnitude", "cap", "wanda", "cap_wanda", "ria", "gradient", "integrated_gradients",
           "relevance") # All of the package but random
@@ -278,15 +285,15 @@ def with_factors(model: nn.Module, parts: MethodName, inputs: Inputs) -> Inputs:
 def recovered_weight(dense: torch.Tensor, mask: torch.Tensor, hessian: torch.Tensor, steps: tuple[str, ...],
                      pattern: tuple[int, int] | None, name: str = "the matrix") -> torch.Tensor: # [out, in]
     "Recover a weight whose mask, bool [out, in], a method chose: swaps, which keep a pattern, the update, or both."
-    if "swaps" in steps: # of a group with more zeros than the pattern's the others stay where they are
-        few = smallest_in_groups((~mask).float(), *pattern) if pattern else mask
+    if "swaps" in steps: # of a group with more zeros than the pattern's, some that were zero before stay as they are
+        few = smallest_in_groups(2.0 * ~mask + (dense == 0), *pattern) if pattern else mask
         mask = swapped_mask(dense, few, hessian, pattern, name=name) | (mask & ~few)
     if "update" in steps: return updated_weight(dense, mask, hessian, name=name)
     return dense.masked_fill(mask, 0.0)
 
 def recovering(model: nn.Module, solver: LayerSolver, steps: tuple[str, ...], pattern: tuple[int, int] | None,
-               seed: int) -> LayerSolver:
-    "Prune a layer, then repair what was pruned."
+               seed: int, factors: dict[str, torch.Tensor] | None = None) -> LayerSolver:
+    "Prune a layer, then repair what was pruned, in the problem that factors weigh if there are any."
     form, by_matrix = FORMS.get(steps[-1]), {"swaps", "update"} & set(steps)
     def solve(step: LayerStep, hessians: Hessians) -> None:
         targets = targets_of(model, step, form) if form else []
@@ -294,6 +301,7 @@ def recovering(model: nn.Module, solver: LayerSolver, steps: tuple[str, ...], pa
         solver(step, hessians)
         for p in step.projections if by_matrix else ():
             mask, hessian = p.weight == 0, hessians[p.name]
+            if factors: hessian = weighed_hessian(hessian, factors[p.name])
             p.weight.copy_(recovered_weight(dense[p.name], mask, hessian, steps, pattern, p.name))
         if form: rebuild(model, step, form, targets, seed)
     return solve
@@ -337,7 +345,7 @@ def layer_solver(model: nn.Module, parts: MethodName, sparsity: float, inputs: I
     scope = own_scope(parts)
     if parts.base in SOLVERS:
         solver = matrix_solver(parts.base, pattern_of(scope))
-        if parts.attribution in NEURON_AWARE: solver = weighing(solver, region_factors(model, inputs.factors))
+        if by_regions(parts): solver = weighing(solver, region_factors(model, inputs.factors))
         return by_matrix(solver, shares)
     criterion = CRITERIA[parts.base]
     if not walks(criterion, scope): return by_masks(masks or dense_masks(model, parts, sparsity, inputs))
@@ -380,7 +388,8 @@ def walk_with_hessians(model: nn.Module, parts: MethodName, sparsity: float, inp
     kept = walk_folder(model, parts, sparsity, inputs)
     shares = projection_shares(model, sparsity, inputs, own_scope(parts))
     solver = layer_solver(model, parts, sparsity, inputs, shares, masks)
-    if steps: solver = recovering(model, solver, steps, pattern, inputs.seed)
+    factors = region_factors(model, inputs.factors) if steps and parts.base in SOLVERS and by_regions(parts) else None
+    if steps: solver = recovering(model, solver, steps, pattern, inputs.seed, factors)
     one_by_one = parts.base in CRITERIA and "regional_gradient" in CRITERIA[parts.base].needs
     tokens = 1 if one_by_one else inputs.batch_tokens
     if form: tokens = min(tokens, training_tokens(sum(len(each.input_ids) for each in inputs.calibration.examples)))

@@ -163,7 +163,7 @@ def first_counts(sizes: torch.Tensor, budget: float) -> torch.Tensor: # [S]
     least = (sizes.clamp_max(2).sum() / sizes.sum()).item()
     if budget < least:
         raise BadInput(f"A budget of {budget} gives every head fewer than two examples a task: expected at least "
-                       f"{least:.3f} with {int(sizes.sum())} examples; raise --budget or --n.")
+                       f"{math.ceil(1000 * least) / 1000:g} with {int(sizes.sum())} examples; raise --budget or --n.")
     if budget == 1: return sizes
     first = torch.minimum(sizes, (FIRST * budget * sizes).floor().clamp_min(2))
     return first if first.sum() <= budget * sizes.sum() else sizes.clamp_max(2) # small tasks may get more than a share

@@ -79,7 +79,7 @@ def squares(inputs: torch.Tensor, so_far: torch.Tensor | None = None) -> torch.T
     return added if so_far is None else so_far.add_(added)
 
 def least_reached(p: Projection, step: LayerStep, squares: dict[str, torch.Tensor]) -> float:
-    "The mean square of the inputs of the expert that was reached least, for one that no token reached."
+    "The smallest mean over inputs of an expert's sums of squares, for one that no token reached."
     same = [squares[q.name] for q in step.projections if q.role == p.role and q.expert is not None]
     return min((total.mean().item() for total in same if total.any()), default=step.sequences)
 
@@ -125,7 +125,7 @@ def rgs_score(e: Evidence, alpha: float = 100.0) -> torch.Tensor: # [out, in]
     return e.weight.abs() * (alpha * e.gradient + e.norm).clamp_min(LEAST)
 
 RGS = Criterion(name="rgs", score=rgs_score, needs=("norm", "regional_gradient"), scope="row",
-                says="|W| times the norm of its input and 100 times the gradient of its layer's output",
+                says="|W| times the sum of its input's norm and 100 times the gradient of its layer's output",
                 source="Yang et al. 2025, Wanda++ without its training")
 
 # %% ../../nbs/methods/10_wanda.ipynb #72677753
