@@ -308,7 +308,7 @@ def test_drawn_answers_in_a_run_that_was_killed(tmp_path, monkeypatch):
     assert any(len({a.output for a in pruned.answers[i:i + 3]}) > 1 for i in range(0, 27, 3)), "they are drawn"
     table = (tmp_path / "whole" / "tables" / "table.md").read_text()
     assert "| Reached | Lab GSM8K pass@1, k = 3 | Lab GSM8K loss |" in table
-    assert "pass@1: per cent of right strict last lines" in table and "Wilson" not in table and "samples 3, temperature 0.9, top_p 0.95" in table
+    assert "pass@1: per cent of right strict last lines" in table and "95 % Wilson" not in table and "samples 3, temperature 0.9, top_p 0.95" in table
     assert "Lab GSM8K pass@1, k = 3" in (tmp_path / "whole" / "tables" / "answers.md").read_text()
     rebuilt = job_of(run.configuration).evaluate
     assert (rebuilt.samples, rebuilt.temperature, rebuilt.top_p) == (3, 0.9, 0.95)
