@@ -21,8 +21,8 @@ def check_environment() -> None:
 
 def main() -> None:
     "Answer the signals, then read the commands and run one."
-    for channel in ("stdout", "stderr"): # a daemon may have closed them
-        if getattr(sys, channel) is None: setattr(sys, channel, open(os.devnull, "w"))
+    for channel in ("stdin", "stdout", "stderr"): # a daemon may have closed them; a record would get their numbers
+        if getattr(sys, channel) is None: setattr(sys, channel, open(os.devnull, "r+"))
     answer_signals(leave_at_once)
     check_environment()
     from cap_nb.command_line import app

@@ -697,7 +697,6 @@ def do_job(job: Job, folder: Path, store: str | Path | None = None, note: str = 
     ready = prepare(as_begun(job, folder))
     with alone_in(folder):
         opened = open_run(folder, ready.configuration)
-        (folder/"unfinished").mkdir(exist_ok=True) # until every cell is measured: 'cap pack' takes no run before
         note_environment(folder, environment(ready.model.device, note))
         finished = follow(opened) if follow else None
         factors = factors_by_method(ready, folder, store and Path(store))

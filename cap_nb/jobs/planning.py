@@ -289,8 +289,8 @@ def spectra_flops(sizes: Sizes) -> float:
 
 # %% ../../nbs/jobs/04_planning.ipynb #c034
 TAKING_TURNS = ("one layer at work", "logits", "scores of one matrix", "one matrix solved") # Never two at a time
-BY_LAYER = ("keys and values", "gradients", "activations of a batch", "masks and dense weights") # Lie with their
-# layers, where these are spread over devices
+# What lies with its layer, where layers are spread over devices
+BY_LAYER = ("keys and values", "gradients", "activations of a batch", "masks and dense weights")
 
 def at_once(memory: dict[str, float]) -> int:
     "The most bytes that a stage needs at one time, beside the weights."

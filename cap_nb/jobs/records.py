@@ -281,6 +281,7 @@ def open_run(folder: str | Path, configuration: dict) -> dict:
         raise BadInput(f"{folder} is there and is not a run's folder: expected a new name; "
                        "give another folder with --out.")
     write_checked(folder/"run.json", asked)
+    (folder/"unfinished").mkdir(exist_ok=True) # until `finish_cells` ends: 'cap pack' takes no run before
     return asked
 
 # %% ../../nbs/jobs/00_records.ipynb #c032

@@ -50,7 +50,7 @@ def random_score(e: Evidence) -> torch.Tensor: # [out, in]
     return torch.rand(e.weight.shape, generator=rng).to(e.weight.device)
 
 CAP_WANDA = Criterion(name="cap_wanda", score=cap_wanda_score, needs=("norm", "factor"), source="Wanda and the paper",
-                      says="|W| times the norm of its input times the causal importance of its head")
+                      says="|W| times the norm of its input times the importance of its head")
 RIA = Criterion(name="ria", score=ria_score, needs=("norm",), scope="row", source="Zhang et al. 2024",
                 says="|W| relative to its row and column, times the root of the norm of its input")
 GRADIENT = Criterion(name="gradient", score=gradient_score, needs=("gradient",),

@@ -86,7 +86,7 @@ def reading_of(attribution: str | None) -> Reading:
     return READINGS.get(attribution, Reading("a mean an example, and every head's own rows and columns"))
 
 OTHERS = {"dense": Described("prunes nothing", "the model as it is"),
-          "heads": Described("whole heads, the least causal first", "the paper, section 6"), **SOLVERS} # No criteria
+          "heads": Described("whole heads, the least important first", "the paper, section 6"), **SOLVERS} # No criteria
 
 # %% ../../nbs/methods/24_prune.ipynb #1a7234a0
 def recovery_steps(name: str) -> tuple[str, ...]:
@@ -204,8 +204,6 @@ def method_line(name: str) -> tuple[str, str]:
     extras += [ALLOCATIONS[parts.allocation]] if parts.allocation else []
     extras += [RECOVERIES[step] for step in recovery_steps(parts.recovery)] if parts.recovery else []
     says = [base.says if base else OTHERS[parts.base].summary]
-    if parts.attribution in ATTRIBUTIONS: # which need not be causal
-        says[0] = says[0].replace("causal importance", "importance").replace("causal", "important")
     if pattern: says.append(f"{pattern[0]} zeros among every {pattern[1]} neighbours")
     elif base: says.append(WITHIN[own_scope(parts)])
     if parts.allocation and own_scope(parts) == "layer": says[-1] += " and share"
@@ -340,12 +338,13 @@ def matrix_solver(base: str, pattern: tuple[int, int] | None) -> MatrixSolver:
     return lambda weight, hessian, share, name, once: update(weight, hessian, share, pattern, name=name, once=once)[0]
 
 def layer_solver(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs,
-                 shares: dict[str, float], masks: Masks | None = None) -> LayerSolver:
-    "How a method prunes a layer in the walk with Hessians, before recovery."
+                 shares: dict[str, float], masks: Masks | None = None,
+                 factors: dict[str, torch.Tensor] | None = None) -> LayerSolver:
+    "How a method prunes a layer in the walk with Hessians, before recovery; factors weigh a solver's problem."
     scope = own_scope(parts)
     if parts.base in SOLVERS:
         solver = matrix_solver(parts.base, pattern_of(scope))
-        if by_regions(parts): solver = weighing(solver, region_factors(model, inputs.factors))
+        if factors: solver = weighing(solver, factors)
         return by_matrix(solver, shares)
     criterion = CRITERIA[parts.base]
     if not walks(criterion, scope): return by_masks(masks or dense_masks(model, parts, sparsity, inputs))
@@ -387,8 +386,8 @@ def walk_with_hessians(model: nn.Module, parts: MethodName, sparsity: float, inp
     steps, form = recovery_steps(parts.recovery) if parts.recovery else (), block_form(parts, inputs)
     kept = walk_folder(model, parts, sparsity, inputs)
     shares = projection_shares(model, sparsity, inputs, own_scope(parts))
-    solver = layer_solver(model, parts, sparsity, inputs, shares, masks)
-    factors = region_factors(model, inputs.factors) if steps and parts.base in SOLVERS and by_regions(parts) else None
+    factors = region_factors(model, inputs.factors) if parts.base in SOLVERS and by_regions(parts) else None
+    solver = layer_solver(model, parts, sparsity, inputs, shares, masks, factors)
     if steps: solver = recovering(model, solver, steps, pattern, inputs.seed, factors)
     one_by_one = parts.base in CRITERIA and "regional_gradient" in CRITERIA[parts.base].needs
     tokens = 1 if one_by_one else inputs.batch_tokens

@@ -49,7 +49,7 @@ def cap_score(e: Evidence) -> torch.Tensor: # [out, in]
 
 MAGNITUDE = Criterion(name="magnitude", score=magnitude_score, says="|W|", source="Han et al. 2015")
 CAP = Criterion(name="cap", score=cap_score, needs=("factor",),
-                says="|W| times the causal importance of its head", source="the paper, section 3")
+                says="|W| times the importance of its head", source="the paper, section 3")
 
 # %% ../../nbs/methods/05_selection.ipynb #c013
 @dataclass(frozen=True)
