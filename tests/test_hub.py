@@ -77,6 +77,7 @@ def test_a_run_from_the_hub_alone(finished, place):
     assert "has no chat template" in plain and all("were cut off at 4 tokens" in line for line in others), outcome.err
     run = load_run(place / "runs" / "first")
     assert [one.method for one in run.evaluations] == ["dense", "magnitude"] and "WikiText-2" in outcome.out
+    assert [session["model_commit"] for session in run.sessions] == [COMMIT]
     fetched = {path.split("/resolve/")[1] for method, path in asked if method == "GET" and "/resolve/" in path} | {path.split("/", 5)[-1] for method, path in asked if "/cdn/" in path}
     assert not [name for name in fetched if name.endswith((".bin", ".py")) or "socratic" in name or "Easy" in name or "103" in name], fetched
     pinned = {path.split("/resolve/")[1].split("/")[0] for method, path in asked if "/resolve/" in path}

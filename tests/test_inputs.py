@@ -34,6 +34,7 @@ from cap_nb.data.lab_world import MOST
 from cap_nb.data.problems import load_problems, read_arc
 from cap_nb.evaluation import accuracy, evaluation_problems
 from cap_nb.jobs import job as job_module
+from cap_nb.jobs import records
 from cap_nb.jobs.job import run_job
 from cap_nb.jobs.planning import plan
 from cap_nb.jobs.plugins import plugins_loaded
@@ -390,6 +391,13 @@ def test_packing_leaves_what_is_no_record_where_it_is(place, caplog):
     unpack_run(run, place / "back")
     assert before <= {path.relative_to(place / "back") for path in (place / "back").rglob("*")}
     assert numbers(place / "back") == numbers(run)
+
+
+def test_what_no_command_would_read_again_is_not_packed(place, monkeypatch):
+    before = {path.relative_to(place) for path in place.rglob("*")}
+    monkeypatch.setattr(records, "MOST_UNPACKED", 100)
+    refuses("which no command would read from one file: expected at most .* leave the run as it is", pack_run, place / "run")
+    assert {path.relative_to(place) for path in place.rglob("*")} == before
 
 
 # ---- plugins ----

@@ -22,9 +22,8 @@ from ..data.prompts import Example, make_example
 from ..evaluation import AnswerRecord, Evaluation, answer_record, prompt_tokens
 from ..importance import importance_factors
 from ..jobs.chains import FEWEST_CHAINS, window_example
-from ..jobs.job import as_begun, Ready, finish_cells, prepare, run_losses, timed
-from ..jobs.records import (
-    cells_of, environment, load_evaluation, load_run, note_environment, open_run, save_evaluation)
+from ..jobs.job import as_begun, Ready, finish_cells, note_session, prepare, run_losses, timed
+from ..jobs.records import cells_of, load_evaluation, load_run, open_run, save_evaluation
 from ..jobs.settings import Job, changed
 from ..methods.criteria import CRITERIA, Inputs, measured_for, prune_by
 from ..methods.prune import check_fits, needs_of, own_scope, parse_method, prune_with
@@ -335,7 +334,7 @@ def run_variants(
     check_variants(ready, names, sources)
     with alone_in(folder):
         open_run(folder, settings := ready.configuration | {"methods": list(names)})
-        note_environment(folder, environment(ready.model.device, note))
+        note_session(ready, folder, note)
         factors = factors_of_variants(ready, folder, names, sources)
         if not store: shutil.rmtree(sources.store, ignore_errors=True)
         cells = [cell for cell in cells_of(settings) if cell[0] in ("dense", *factors)]

@@ -689,6 +689,11 @@ def as_begun(job: Job, folder: Path) -> Job:
     if job.model.dtype != "fastest" or not is_run(folder): return job
     return changed(job, dtype=read_run(folder)["model"]["dtype"])
 
+def note_session(ready: Ready, folder: Path, note: str) -> None:
+    "Note where the run's numbers come from; for a model of the hub with its commit."
+    commit = getattr(ready.model.config, "_commit_hash", None)
+    note_environment(folder, environment(ready.model.device, note) | ({"model_commit": commit} if commit else {}))
+
 # %% ../../nbs/jobs/03_job.ipynb #9baed540
 def do_job(job: Job, folder: Path, store: str | Path | None = None, note: str = "", follow: Follow | None = None,
            keep: Keep | None = None) -> None:
@@ -697,7 +702,7 @@ def do_job(job: Job, folder: Path, store: str | Path | None = None, note: str = 
     ready = prepare(as_begun(job, folder))
     with alone_in(folder):
         opened = open_run(folder, ready.configuration)
-        note_environment(folder, environment(ready.model.device, note))
+        note_session(ready, folder, note)
         finished = follow(opened) if follow else None
         factors = factors_by_method(ready, folder, store and Path(store))
         def pruner(method: str, sparsity: float) -> PruneReport:

@@ -35,8 +35,8 @@ from ..core.devices import build_of, device_name
 from ..core.errors import BadInput, validate_arguments
 from ..core.files import (
     all_in, alone_in, busy, check_inside, check_no_links, checked_text, DAMAGED, HALF_WRITTEN, is_intact, json_text,
-    read_checked, read_tensors, remove, remove_leftovers, rows_of_parquet, sha256_of_file, sha256_of_text, taken_as,
-    TRACKING, whole_file, whole_folder, write_checked)
+    MOST_ROWS, MOST_UNPACKED, read_checked, read_tensors, remove, remove_leftovers, rows_of_parquet, sha256_of_file,
+    sha256_of_text, taken_as, TRACKING, whole_file, whole_folder, write_checked)
 from ..core.registry import check_additions
 from ..evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
 from .settings import changed, Job, option_of, option_text, part_of_setting, values_of
@@ -504,6 +504,9 @@ def write_packed(folder: Path) -> None:
     listed = base64.b64encode(zlib.compress(checked_text(about).encode(), 9))
     words = {"run.json": checked_text(configuration), "manifest.json": listed}
     table, texts = records_table(records), [name for name, kind in COLUMNS.items() if kind == pa.string()]
+    if len(table) > MOST_ROWS or table.nbytes > MOST_UNPACKED:
+        raise BadInput(f"{folder} has {len(table):,} records of {table.nbytes:,} bytes, which no command would read from "
+                       f"one file: expected at most {MOST_ROWS:,} and {MOST_UNPACKED:,}; leave the run as it is.")
     with whole_file(folder/PACKED) as part:
         with pq.ParquetWriter(
                 part, table.schema, use_dictionary=texts, dictionary_pagesize_limit=1 << 26, data_page_size=1 << 26,
