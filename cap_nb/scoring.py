@@ -53,7 +53,7 @@ def target_token_losses(model: nn.Module, batch: dict[str, torch.Tensor]) -> tor
 @validate_arguments
 def target_losses(
     model: nn.Module, # A causal language model
-    batch: dict[str, torch.Tensor], # input_ids, attention_mask and labels, each [B, T]
+    batch: dict[str, torch.Tensor], # input_ids, attention_mask and labels, each [B, T], padded on the right
 ) -> torch.Tensor: # Mean cross-entropy over the target tokens of each example, in nats, float64 [B]
     "The loss of each example of a batch (paper equation 1); rows beyond context or vocabulary raise `BadInput`."
     counts = (batch["labels"][:, 1:] != IGNORED).sum(1).tolist()
