@@ -309,27 +309,27 @@ def gap_of_parts(case: Claim, records: ModelRecords, confidence: float) -> Compa
 MEASURES: dict[str, Measure] = {"gain": gain_of, "margin": margin_of, "gap of MLPs and attention": gap_of_parts}
 
 # %% ../../nbs/experiments/02_claims.ipynb #61f0393b
-def positive_scores(losses: HeadLosses, how: str = "paper") -> torch.Tensor:
+def positive_scores(losses: HeadLosses, how: str) -> torch.Tensor:
     "Causal scores, those below zero as zero, [L, H]."
     return causal_scores(losses, how).clamp_min(0)
 
-def heads_for_half(losses: HeadLosses, how: str = "paper", _: str = "") -> float:
+def heads_for_half(losses: HeadLosses, how: str = "paper", *_: str) -> float:
     "The share of heads that carry half of the positive score, strongest first."
     scores = positive_scores(losses, how).flatten().sort(descending=True).values
     return (int((scores.cumsum(0) < scores.sum() / 2).sum()) + 1) / len(scores) if scores.sum() else 1.0
 
-def negative_share(losses: HeadLosses, how: str, _: str = "") -> float:
+def negative_share(losses: HeadLosses, how: str, *_: str) -> float:
     "The share of heads whose masking lowers the loss."
     return float((causal_scores(losses, how) < 0).double().mean())
 
-def near_zero_share(losses: HeadLosses, *_: str) -> float:
+def near_zero_share(losses: HeadLosses, how: str, *_: str) -> float:
     "The share of heads whose score, either way, is at most a tenth of the highest."
-    scores = causal_scores(losses)
+    scores = causal_scores(losses, how)
     return float((scores.abs() <= 0.1 * scores.max()).double().mean())
 
-def band_excess(losses: HeadLosses, bands: str, layers: str) -> float:
+def band_excess(losses: HeadLosses, how: str, bands: str, layers: str) -> float:
     "How much more of the positive score lies at some depths than their number of layers would give them."
-    scores = positive_scores(losses)
+    scores = positive_scores(losses, how)
     depth = (torch.arange(len(scores)) + 0.5) / len(scores)
     inside = torch.zeros(len(scores), dtype=torch.bool)
     for band in bands.split():
@@ -345,7 +345,7 @@ def mean_rise(losses: HeadLosses) -> torch.Tensor:
     "Mean rise of the loss when a head is masked, in nats, [L, H]."
     return (losses.masked - losses.intact).mean(-1)
 
-def agreement_of_tasks(losses: HeadLosses, one: str, other: str) -> float:
+def agreement_of_tasks(losses: HeadLosses, one: str, other: str, _: str = "") -> float:
     "How alike two tasks rank the heads: rank correlation of their mean rises."
     return rank_correlation(*(mean_rise(losses_of_task(losses, task)) for task in (one, other)))
 
@@ -357,12 +357,13 @@ def over_examples(statistic: Callable[..., float], unit: str, draws: int = 500) 
         held = {task_family(task) for task in losses.task if task in TASKS}
         pair = {task_family(case.first), task_family(case.second)} if statistic is agreement_of_tasks else set()
         if not pair <= held: return None # not measured: the table has no examples of a task
-        value = statistic(losses, case.first, case.second)
+        named = (case.first, case.second, case.on)
+        value = statistic(losses, *named)
         task, rng, drawn = np.array(losses.task), np.random.default_rng(0), []
         tasks = [np.flatnonzero(task == t) for t in sorted(set(losses.task))]
         for _ in range(draws): # within strata of two examples half of the variance would be missing
             again = [rng.choice(indices, len(indices)) for indices in tasks]
-            drawn.append(statistic(only_examples(losses, np.concatenate(again).tolist()), case.first, case.second))
+            drawn.append(statistic(only_examples(losses, np.concatenate(again).tolist()), *named))
         interval = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
         used = [name for name in losses.task if not pair or task_family(name) in pair]
         return number(value, interval, unit, len(used))

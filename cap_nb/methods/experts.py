@@ -218,7 +218,11 @@ def with_layer_mean(experts: torch.Tensor, heads: torch.Tensor) -> UnitFactors:
 # %% ../../nbs/methods/21_experts.ipynb #b4a85957
 def routed_factors(routed: RoutedLosses, losses: HeadLosses, how: str = "paper") -> UnitFactors:
     "An expert's factor is the mean over its layer's heads of their factor given the expert."
-    heads, given = pooled_factors(causal_scores(losses, how), conditional_scores(routed, losses, how))
+    unmoved = replace(losses, masked=losses.intact.expand_as(losses.masked)) # what heads without effect would give
+    unmoved_routed = replace(routed, masked=routed.intact[:, None].expand_as(routed.masked))
+    heads, given = pooled_factors(
+        causal_scores(losses, how) - causal_scores(unmoved, how),
+        conditional_scores(routed, losses, how) - conditional_scores(unmoved_routed, losses, how))
     return replace(with_layer_mean(given.mean(1), heads), kept=dict(vars(routed)))
 
 def routed_mean_factors(routed: RoutedLosses, losses: HeadLosses, how: str = "paper") -> UnitFactors:
