@@ -26,5 +26,5 @@ setup(
                     "dev": settings["dev_requirements"].split(), "docs": settings["docs_requirements"].split(),
                     "smollm2": settings["smollm2_requirements"].split(),
                     "harness": settings["harness_requirements"].split(), "math": settings["math_requirements"].split(), "recover": settings["recover_requirements"].split()},
-    entry_points={"console_scripts": settings["console_scripts"].split(), "nbdev": [f"{settings['lib_path']}={settings['lib_path']}._modidx:d"]},
+    entry_points={"console_scripts": settings["console_scripts"].split()},
 )

@@ -505,8 +505,8 @@ def write_packed(folder: Path) -> None:
     words = {"run.json": checked_text(configuration), "manifest.json": listed}
     table, texts = records_table(records), [name for name, kind in COLUMNS.items() if kind == pa.string()]
     if len(table) > MOST_ROWS or table.nbytes > MOST_UNPACKED:
-        raise BadInput(f"{folder} has {len(table):,} records of {table.nbytes:,} bytes, which no command would read from "
-                       f"one file: expected at most {MOST_ROWS:,} and {MOST_UNPACKED:,}; leave the run as it is.")
+        raise BadInput(f"{folder} has {len(table):,} records of {table.nbytes:,} bytes, which no command would read "
+                       f"from one file: expected at most {MOST_ROWS:,} and {MOST_UNPACKED:,}; leave the run as it is.")
     with whole_file(folder/PACKED) as part:
         with pq.ParquetWriter(
                 part, table.schema, use_dictionary=texts, dictionary_pagesize_limit=1 << 26, data_page_size=1 << 26,
