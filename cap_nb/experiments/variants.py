@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
+from scipy.stats import rankdata
 from torch import nn
 from ..calibration import Calibration, deal_subsets
 from ..core.errors import BadInput, check_at_least, check_choice, validate_arguments
@@ -133,7 +134,7 @@ def permuted_factors(factors: torch.Tensor, seed: int, in_layers: bool = False) 
 def variant_factors(losses: HeadLosses, variant: Variant) -> torch.Tensor: # Importance factor of every head, [L, H]
     "Importance factors (paper equation 3) with the variant's one change."
     scores = variant_scores(losses, variant)
-    if variant.ranked: scores = scores.flatten().argsort().argsort().view_as(scores).double()
+    if variant.ranked: scores = torch.as_tensor(rankdata(scores)).view_as(scores) # equal scores, equal factors
     factors = importance_factors(scores, high=variant.high)
     return factors if variant.permuted is None else permuted_factors(factors, variant.permuted, variant.in_layers)
 
