@@ -21,7 +21,7 @@ def masked_head(
     model: nn.Module, # A causal language model of a known family
     layer: int, # Index of the decoder layer, from 0
     head: int, # Index of the query head, from 0
-) -> AbstractContextManager[None]: # The head is masked while its block runs
+) -> AbstractContextManager[None]: # The head is masked while the `with` block runs
     "Set a head's slice of the output projection's input to zero (paper section 3.2); no such head raises `BadInput`."
     about = dimensions(model.config)
     size, head = about.head_size, check_index(head, about.heads, "head")
