@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from cap_nb import calibration
 from cap_nb.calibration import Calibration
 from cap_nb.core.errors import BadInput
-from cap_nb.data.prompts import IGNORED, Example
+from cap_nb.data.prompts import made_up_example
 from cap_nb.jobs import report
 from cap_nb.models import lab
 from cap_nb.models.anatomy import projections
@@ -131,16 +131,9 @@ def counted(work):
     return counter.get_total_flops()
 
 
-def made_up(number, length, prompt=4, vocabulary=50):
-    """An example whose tokens follow from its number; the loss counts from token `prompt` on."""
-    ids = tuple((7 * number + 3 * t) % (vocabulary - 1) + 1 for t in range(length))
-    return Example(task="own", uid=f"{number}", prompt="", target="", answer="", input_ids=ids,
-                   labels=(IGNORED,) * prompt + ids[prompt:])
-
-
 def made_up_calibration(count=9, shortest=8, k=3, step=1, **options):
     """A calibration set of made-up examples, each `step` tokens longer than the last, so that batches have padding."""
-    examples = [made_up(number, shortest + step * number, **options) for number in range(count)]
+    examples = [made_up_example(number, shortest + step * number, **options) for number in range(count)]
     return Calibration.from_examples(examples, k=k)
 
 

@@ -1,13 +1,12 @@
 """Masks of heads and neurons on other families than Llama."""
-from dataclasses import replace
 
 import pytest
 import torch
-from fixtures import made_up, refuses
+from fixtures import refuses
 from proofs import tiny_model
 
 from cap_nb.calibration import Calibration
-from cap_nb.data.prompts import collate
+from cap_nb.data.prompts import collate, made_up_example
 from cap_nb.methods.explainable_masks import (
     MaskFit, ThresholdFit, fit_masks, fit_thresholds, gated_units, kept_softly, same_for_units, unit_weights,
     units_to_remove)
@@ -18,7 +17,7 @@ from cap_nb.scoring import target_losses
 
 
 def calibration():
-    return Calibration.from_examples([replace(made_up(n, 8 + n), task=f"task {n % 2}") for n in range(4)], k=1)
+    return Calibration.from_examples([made_up_example(n, 8 + n, task=f"task {n % 2}") for n in range(4)], k=1)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])

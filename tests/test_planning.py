@@ -13,7 +13,7 @@ import torch
 import typer
 
 from conftest import ROOT
-from fixtures import counted, made_up, made_up_calibration, refuses, tiny_config, tiny_llama
+from fixtures import counted, made_up_calibration, refuses, tiny_config, tiny_llama
 from programs import assert_one_sentence, called as cap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,7 +23,7 @@ from cap_nb.analysis import FEWEST_PAIRS
 from cap_nb.jobs.results import least_told, problems_needed
 from cap_nb.calibration import calibration_set
 from cap_nb.command_line import app
-from cap_nb.data.prompts import collate
+from cap_nb.data.prompts import collate, made_up_example
 from cap_nb.jobs import planning
 from cap_nb.jobs.planning import (
     ExampleLength, Rates, Workload, at_once, evaluation_memory, flops_of, hook_loop_work, lengths_of, plan, plan_advice, plan_text,
@@ -259,7 +259,7 @@ class NoStop:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_memory_of_evaluation_is_about_what_is_held(dtype):
-    model, batch = random_model(vocab_size=1000).to(dtype), collate([made_up(index, 40, 20, 90) for index in range(8)], pad_id=0)
+    model, batch = random_model(vocab_size=1000).to(dtype), collate([made_up_example(index, 40, 20, 90) for index in range(8)], pad_id=0)
     load = load_of(model, made_up_calibration(3, shortest=10, step=0, vocabulary=90), 4096, str(dtype).removeprefix("torch."), loss_n=8)
     losses = at_once(evaluation_memory(replace(load, lengths=(ExampleLength("gsm8k", 20, 20),) * 8)))
     assert 0.7 < peak(lambda: target_losses(model, batch)) / losses < 1.3

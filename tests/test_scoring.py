@@ -18,13 +18,13 @@ import torch
 import typer
 import yaml
 from conftest import ROOT
-from fixtures import made_up, refuses, tiny_llama
+from fixtures import refuses, tiny_llama
 from notebooks_on_disk import cells
 from programs import Program, cap, finished
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from cap_nb.command_line import app
-from cap_nb.data.prompts import IGNORED
+from cap_nb.data.prompts import IGNORED, made_up_example
 from cap_nb.calibration import Calibration
 from cap_nb.core.files import locked
 from cap_nb.methods.layer_walk import CLAIMS, losses_key
@@ -249,7 +249,7 @@ def behind(prefix, example):
 
 
 def with_prefix(prefix):
-    examples = [made_up(index, 9 + index % 4, prompt=3 + index % 3) for index in range(8)]
+    examples = [made_up_example(index, 9 + index % 4, prompt=3 + index % 3) for index in range(8)]
     return Calibration.from_examples([behind(prefix, example) for example in examples], k=2)
 
 
@@ -278,7 +278,7 @@ def test_heads_may_be_named_in_any_kind_of_list():
 def test_an_example_without_a_target_is_named(score):
     """Also where the first token alone has a label, since nothing predicts it."""
     for first in (IGNORED, 1):
-        some = [made_up(number, 9) for number in range(9)]
+        some = [made_up_example(number, 9) for number in range(9)]
         some[4] = replace(some[4], labels=(first,) + (IGNORED,) * 8)
         refuses("Example 4 of own has no target", score, tiny_llama(), Calibration.from_examples(some, k=1))
 

@@ -160,6 +160,12 @@ from cap_nb.core.files import sha256_of_text
 
 IGNORED = -100 # The label of a position that does not count
 
+def made_up_example(number: int, length: int, prompt: int = 4, task: str = "own", vocabulary: int = 50) -> Example:
+    "An example for checks, whose tokens follow from its number; the loss counts from token `prompt` on."
+    ids = tuple((7 * number + 3 * t) % (vocabulary - 1) + 1 for t in range(length))
+    return Example(task=task, uid=f"{number}", prompt="", target="", answer="", input_ids=ids,
+                   labels=(IGNORED,) * prompt + ids[prompt:])
+
 def tokenised(tokenizer: object, parts: Sequence[tuple[str, str, str, str, str]]) -> list[Example]:
     "Examples from task, uid, prompt, target and answer of each; an empty prompt or target raises `BadInput`."
     if not parts: return []
