@@ -50,7 +50,7 @@ def cap_naive(
                 return (z,)
             with layer.self_attn.o_proj.register_forward_pre_hook(mask):
                 masked = torch.tensor([subset_loss(model, subset) for subset in subsets], dtype=torch.float64)
-            scores[l, h] = masked.quantile(0.5) - intact.mean() # torch's median would take the lower middle of an even K
+            scores[l, h] = masked.quantile(0.5) - intact.mean() # torch's median takes the lower of two in the middle
 
     # equation 3: factors from 1 to 10
     factors = 1 + 9 * (scores - scores.min()) / (scores.max() - scores.min())
