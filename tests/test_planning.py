@@ -259,7 +259,7 @@ class NoStop:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_memory_of_evaluation_is_about_what_is_held(dtype):
-    model, batch = random_model(vocab_size=1000).to(dtype), collate([made_up_example(index, 40, 20, 90) for index in range(8)], pad_id=0)
+    model, batch = random_model(vocab_size=1000).to(dtype), collate([made_up_example(index, 40, 20, vocabulary=90) for index in range(8)], pad_id=0)
     load = load_of(model, made_up_calibration(3, shortest=10, step=0, vocabulary=90), 4096, str(dtype).removeprefix("torch."), loss_n=8)
     losses = at_once(evaluation_memory(replace(load, lengths=(ExampleLength("gsm8k", 20, 20),) * 8)))
     assert 0.7 < peak(lambda: target_losses(model, batch)) / losses < 1.3
