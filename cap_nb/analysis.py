@@ -33,7 +33,7 @@ def records_from(rows: Iterable[dict]) -> tuple[dict[str, Evaluation], dict[str,
 
 # %% ../nbs/06_analysis.ipynb #c009
 import math
-from collections import defaultdict, namedtuple
+from collections import namedtuple
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -44,7 +44,8 @@ from cap_nb.core.errors import BadInput, check_seed, validate_arguments
 from cap_nb.core.plots import METHOD_TITLES, blank_figure, in_style, method_rank, method_title
 from cap_nb.data.problems import TASK_TITLES, TASKS, TEXT_TITLES, task_title
 from cap_nb.evaluation import (
-    bootstrap_interval, right_shares, summarise_answers, summarise_choices, summarise_losses, wilson_interval)
+    bootstrap_interval, of_each_task, right_shares, summarise_answers, summarise_choices, summarise_losses,
+    wilson_interval)
 from cap_nb.importance import check_scores
 
 def row_order(evaluation: Evaluation) -> tuple[bool, float, int, str]:
@@ -243,14 +244,10 @@ COMPARED = ("First", "Second", "Sparsity", "Measure") # What names a comparison
 
 def records_by_measure(evaluation: Evaluation) -> dict[str, tuple]:
     "Records by measure; a window of text counts as a problem."
-    def by_task(records): # task -> its records
-        found = defaultdict(list)
-        for record in records: found[record.task].append(record)
-        return found.items()
     records = {answers_title(task, 1 + max(answer.sample for answer in answers)): answers
-               for task, answers in by_task(evaluation.answers)}
-    records |= {f"{task_title(task)} loss": losses for task, losses in by_task(evaluation.losses)}
-    records |= {f"{task_title(task)} gold p norm": choices for task, choices in by_task(evaluation.choices)}
+               for task, answers in of_each_task(evaluation.answers).items()}
+    records |= {f"{task_title(task)} loss": some for task, some in of_each_task(evaluation.losses).items()}
+    records |= {f"{task_title(task)} gold p norm": some for task, some in of_each_task(evaluation.choices).items()}
     if text := evaluation.perplexity:
         of = f"{text.fingerprint}/{text.window_tokens}" # windows of another text, or length, are other problems
         records[TEXT_LOSS] = [LossRecord(task=text.text, uid=f"{of}/{i}", loss=loss, tokens=text.window_tokens - 1)

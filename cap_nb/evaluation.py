@@ -9,7 +9,7 @@ __all__ = ['evaluation_problems', 'AnswerRecord', 'answer_problems', 'accuracy',
 # %% ../nbs/05_evaluation.ipynb #69fb16ab
 import logging
 from collections import namedtuple
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -161,6 +161,11 @@ class AccuracySummary:
     cut_off: float # Share of outputs that the limit cut off
     samples: int = 1 # k, answers to each problem
 
+def of_each_task(records: Iterable) -> dict[str, list]: # By task, in the order in which tasks first appear
+    found = {}
+    for record in records: found.setdefault(record.task, []).append(record)
+    return found
+
 def right_shares(records: Sequence[AnswerRecord], lenient: bool = False) -> dict[tuple[str, str], float]:
     "By task and problem the share of its answers that are right: 0 or 1 where there is one."
     right = {}
@@ -171,8 +176,7 @@ def right_shares(records: Sequence[AnswerRecord], lenient: bool = False) -> dict
 def summarise_answers(records: Sequence[AnswerRecord], seed: int = 0) -> tuple[AccuracySummary, ...]:
     "Accuracy with its interval, and what it hides: format, length, cut-offs (paper section 6.1)."
     summaries = []
-    for task in dict.fromkeys(record.task for record in records):
-        some = [record for record in records if record.task == task]
+    for task, some in of_each_task(records).items():
         k, of = 1 + max(record.sample for record in some), len(some)
         shares = [record.correct for record in some] if k == 1 else sorted(right_shares(some).values())
         n, right = len(shares), sum(shares)
@@ -277,8 +281,8 @@ LossSummary = namedtuple("LossSummary", "task n loss low high") # Of n problems:
 def summarise_losses(records: Sequence[LossRecord], seed: int = 0) -> tuple[LossSummary, ...]:
     "Mean target loss, in nats, with its bootstrap interval: every problem weighs the same."
     summaries = []
-    for task in dict.fromkeys(record.task for record in records):
-        losses = [record.loss for record in records if record.task == task]
+    for task, some in of_each_task(records).items():
+        losses = [record.loss for record in some]
         low, high = bootstrap_interval(losses, seed)
         summaries.append(LossSummary(task=task, n=len(losses), loss=sum(losses) / len(losses), low=low, high=high))
     return tuple(summaries)
@@ -358,9 +362,9 @@ CHOICE_MEASURES = {"choice": "correct", "choice norm": "correct_mean", "gold p":
 def summarise_choices(records: Sequence[ChoiceRecord], seed: int = 0) -> tuple[ChoiceSummary, ...]:
     "How often the likeliest option is right, with Wilson's interval, and the right one's mean probability, resampled."
     summaries = []
-    for task in dict.fromkeys(record.task for record in records):
+    for task, some in of_each_task(records).items():
         for measure, field in CHOICE_MEASURES.items():
-            values = [getattr(record, field) for record in records if record.task == task]
+            values = [getattr(record, field) for record in some]
             n, total = len(values), sum(values)
             ends = wilson_interval(total, n) if measure.startswith("choice") else bootstrap_interval(values, seed)
             summaries.append(ChoiceSummary(task, n, measure, total / n, *ends))

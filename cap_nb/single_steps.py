@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from .calibration import Calibration
 from .core.errors import BadInput, check_at_least, percent_below
-from cap_nb.core.files import (
-    alone_in, check_disk_room, check_new_folder, HALF_WRITTEN, read_checked, remove, shard_files, whole_folder,
-    write_checked)
+from .core.files import (
+    alone_in, begun_in, check_disk_room, check_new_folder, HALF_WRITTEN, read_checked, remove, shard_files,
+    whole_folder, write_checked)
 from .core.registry import additions_noted
 from .core.stopping import NOTHING_KEPT, stop_says, STOPPED
 from .data.problems import FRESH
@@ -79,14 +79,6 @@ def load_checked(job: Job, shared: bool = False) -> tuple[nn.Module, object]: # 
     return model, tokenizer
 
 # %% ../nbs/single_steps.ipynb #54ab9760
-@contextmanager
-def begun_in(working: Path) -> Iterator[None]:
-    "Keep other processes out of a folder, which goes at the end if nothing is in it."
-    with alone_in(working):
-        try: yield
-        finally:
-            if working.is_dir() and not any(working.iterdir()): working.rmdir()
-
 def save_beside(save: Callable[[object, Path], None], table: object, out: Path) -> None:
     "Save a table; where another process has made one of that name meanwhile, keep both and raise `BadInput`."
     place = out.with_name(f"{out.stem}.{os.getpid()}{out.suffix}") if out.exists() else out

@@ -190,6 +190,14 @@ def alone_in(folder: str | Path, links: bool = False, owner: str = "") -> Iterat
         if not links: check_no_links(folder) # who allows them looks for them
         yield
 
+@contextmanager
+def begun_in(working: Path, links: bool = False) -> Iterator[None]:
+    "Keep other processes out of a folder, which goes at the end if nothing is in it."
+    with alone_in(working, links):
+        try: yield
+        finally: # here, where the folder is no other process's
+            if working.is_dir() and not any(working.iterdir()): working.rmdir()
+
 # %% ../../nbs/core/01_files.ipynb #c035
 HALF_WRITTEN = re.compile(r"\..+\.\d+\.part") # Names that `whole_file` writes to
 
@@ -211,17 +219,13 @@ def resumed_folder(path: str | Path, names: Collection[str]) -> Iterator[Path]:
     path = Path(path)
     check_new_folder(path)
     working = path.with_name(f"{path.name}.unfinished")
-    with alone_in(working, links=True):
-        try:
-            with disk_full_reported(path, "what was finished is kept"):
-                check_new_folder(path)
-                check_unfinished(working, names)
-                yield working
-                settle(working)
-                if path.exists(): path.rmdir()
-                os.replace(working, path)
-        finally: # here, where the folder is no other process's
-            if working.is_dir() and not any(working.iterdir()): working.rmdir()
+    with begun_in(working, links=True), disk_full_reported(path, "what was finished is kept"):
+        check_new_folder(path)
+        check_unfinished(working, names)
+        yield working
+        settle(working)
+        if path.exists(): path.rmdir()
+        os.replace(working, path)
 
 # %% ../../nbs/core/01_files.ipynb #c043
 import hashlib

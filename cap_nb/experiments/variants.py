@@ -20,7 +20,7 @@ from ..core.errors import BadInput, check_at_least, check_choice, validate_argum
 from ..core.files import alone_in, read_tensors, sha256_of_file, write_tensors
 from ..data.problems import halves, load_text, task_family, TASKS
 from ..data.prompts import Example, make_example
-from ..evaluation import AnswerRecord, Evaluation, answer_record, prompt_tokens
+from ..evaluation import AnswerRecord, Evaluation, answer_record, of_each_task, prompt_tokens
 from ..importance import importance_factors
 from ..jobs.chains import FEWEST_CHAINS, window_example
 from ..jobs.job import as_begun, Ready, finish_cells, note_session, prepare, run_losses, timed
@@ -180,12 +180,11 @@ def kept_answers(ready: Ready, path: Path, made: Callable[[], Sequence[AnswerRec
 
 def calibration_answers(ready: Ready, folder: Path) -> tuple[AnswerRecord, ...]: # One record a calibration problem
     "The dense model's answers to the calibration problems; a task that is answered is not generated again."
-    parts, by_task = folder/"unfinished"/"chains", {}
-    for example in ready.calibration.examples:
-        if example.task in TASKS: by_task.setdefault(example.task, []).append(example) # no text
+    parts = folder/"unfinished"/"chains"
+    asked = of_each_task(example for example in ready.calibration.examples if example.task in TASKS) # no text
     def all_tasks() -> list[AnswerRecord]:
         with timed(folder, "chains"):
-            return [answer for task, examples in by_task.items()
+            return [answer for task, examples in asked.items()
                     for answer in kept_answers(ready, parts/task, lambda: answers_to(ready, examples))]
     answers = kept_answers(ready, folder/"chains"/"answers", all_tasks)
     shutil.rmtree(parts, ignore_errors=True) # also where an earlier session died before

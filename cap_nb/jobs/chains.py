@@ -27,7 +27,7 @@ from ..core.registry import code_of
 from ..data.problems import halves, load_text, task_family
 from ..data.prompts import (
     Example, IGNORED, make_example, prompt_style, PromptStyle, random_order, strict_pattern, Tokens)
-from ..evaluation import answer_record, prompt_tokens
+from ..evaluation import answer_record, of_each_task, prompt_tokens
 from .settings import ChainRule
 from ..models.decoding import (
     check_room, check_sampling, Decoding, generate_noted, Generation, Sampling, token_limit)
@@ -149,8 +149,7 @@ def held_tokens(examples: Sequence[Example]) -> int:
 def answer_parts(examples: Sequence[Example], tries: int, answers: int, amount: int | None = None) -> list[AnswerPart]:
     "All parts: task after task, problem after problem with all of its tries; about an amount of tokens at most."
     parts = []
-    for task in dict.fromkeys(example.task for example in examples):
-        some = [example for example in examples if example.task == task]
+    for task, some in of_each_task(examples).items():
         problems = max(1, answers // tries)
         if amount is not None: problems = min(problems, math.ceil(amount * len(some) / held_tokens(some)))
         for number, start in enumerate(range(0, len(some), problems)):

@@ -28,8 +28,9 @@ from ..core.registry import additions_noted
 from ..data.problems import (
     FRESH, load_problems, load_text, normal_text, Problem, task_family, TASKS, TEXTS)
 from ..data.prompts import check_comparable, encode_problems, prompt_style, Tokens
-from ..evaluation import (
-    answer_problems, AnswerRecord, Evaluation, evaluation_problems, perplexity, problem_losses, prompt_tokens)
+from cap_nb.evaluation import (
+    answer_problems, AnswerRecord, Evaluation, evaluation_problems, of_each_task, perplexity, problem_losses,
+    prompt_tokens)
 from ..importance import importance_factors
 from .chains import (
     chain_calibration, Chains, held_tokens, read_chains, style_origin, text_calibration)
@@ -252,8 +253,7 @@ def model_configuration(job: Job, model: nn.Module, tokenizer: object) -> dict: 
 
 # %% ../../nbs/jobs/03_job.ipynb #c021
 def held_by_task(calibration: Calibration) -> dict[str, dict[str, int]]: # Task -> its examples and their tokens
-    tasks = dict.fromkeys(e.task for e in calibration.examples)
-    parts = {task: [e for e in calibration.examples if e.task == task] for task in tasks}
+    parts = of_each_task(calibration.examples)
     return {task: {"examples": len(some), "tokens": held_tokens(some)} for task, some in parts.items()}
 
 def targets_configuration(job: Job, calibration: Calibration) -> dict:

@@ -28,7 +28,7 @@ from ..core.files import all_in, HALF_WRITTEN, whole_file, write_checked, write_
 from ..core.plots import figure_bytes
 from ..core.registry import check_additions
 from ..data.problems import LAB_TASKS
-from ..evaluation import AnswerRecord, Evaluation
+from ..evaluation import AnswerRecord, Evaluation, of_each_task
 from ..importance import importance_factors
 from .records import (
     cell_name, cells_of, job_of, load_run, manifest, PACKED, REPORT, Run, Unfinished, write_packed)
@@ -115,8 +115,8 @@ def curve_groups(evaluations: Sequence[Evaluation]) -> dict[str, list[Evaluation
 # %% ../../nbs/jobs/02_report.ipynb #c031
 def warn_of_cut_off(dense: Sequence[AnswerRecord]) -> None:
     "Warn, for each task, where too many of the dense model's answers reached the token limit."
-    for task in dict.fromkeys(answer.task for answer in dense):
-        try: check_limit([answer for answer in dense if answer.task == task])
+    for task, answers in of_each_task(dense).items():
+        try: check_limit(answers)
         except BadInput as shortage: logging.getLogger(__name__).warning("%s: %s", task, shortage)
 
 # %% ../../nbs/jobs/02_report.ipynb #c036
