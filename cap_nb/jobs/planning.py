@@ -40,8 +40,8 @@ from ..models.choices import has_options
 from ..models.families import family_of, HOLDS
 from ..models.lab import lab_tokenizer, LABS
 from ..models.loading import (
-    check_gguf_installed, check_not_quantised, config_of, dtype_named, HUB_ID, load_tokenizer, model_cache,
-    on_meta, opened_by_transformers)
+    check_gguf_installed, check_not_quantised, config_of, dtype_named, HUB_ID, load_tokenizer, on_meta,
+    opened_by_transformers, smollm2_folder)
 
 # %% ../../nbs/jobs/04_planning.ipynb #c005
 @dataclass(frozen=True, kw_only=True)
@@ -109,13 +109,10 @@ SHORT_NAMES = {"llama-3-8b": LLAMA, "llama-3-8b-instruct": LLAMA, "mistral-7b": 
 # %% ../../nbs/jobs/04_planning.ipynb #c010
 def local_folder(name: str) -> Path | None:
     "The folder of a model on this machine, None for other names; one without its config.json raises `BadInput`."
-    if name in LABS: folder = LABS[name]
-    elif name == "smollm2": folder = model_cache()/name
-    elif Path(name).is_dir(): folder = Path(name)
-    else: return None
-    if (folder/"config.json").is_file(): return folder
-    if name == "smollm2":
-        raise BadInput(f"SmolLM2 is not in {folder}: expected it to be fetched first; run 'cap fetch smollm2'.")
+    if name in LABS: return LABS[name]
+    if name == "smollm2": return smollm2_folder()
+    if not Path(name).is_dir(): return None
+    if (Path(name)/"config.json").is_file(): return Path(name)
     raise BadInput(f"{name} holds no config.json: expected a folder saved by transformers; check the path.")
 
 def config_on_hub(name: str) -> object:

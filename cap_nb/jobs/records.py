@@ -42,7 +42,7 @@ from ..evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
 from .settings import changed, Job, option_of, option_text, part_of_setting, values_of
 from ..methods.prune import sparsities_of
 from ..methods.screening import load_any, PartialLosses, scores_of
-from ..models.anatomy import projections
+from ..models.anatomy import Projection, projections
 from ..models.choices import ChoiceRecord
 from ..models.decoding import token_limit
 from ..models.loading import fingerprint_differences, PARTS, TOKENIZER_PARTS
@@ -327,12 +327,14 @@ def note_environment(folder: str | Path, session: dict) -> None:
     if session not in known: write_checked(path, known + [session])
 
 # %% ../../nbs/jobs/00_records.ipynb #c042
+def add_zeros(digest: object, p: Projection, mask: torch.Tensor) -> None: # The mask lies as the weight is stored
+    digest.update(f"{p.name} {tuple(p.stored.shape)}".encode())
+    digest.update(np.packbits(mask.cpu().numpy()))
+
 def mask_fingerprint(model: nn.Module) -> str: # 64 hexadecimal digits
     "SHA-256 over which weights in scope are zero, projection by projection."
     digest = hashlib.sha256()
-    for p in projections(model):
-        digest.update(f"{p.name} {tuple(p.stored.shape)}".encode())
-        digest.update(np.packbits((p.stored == 0).cpu().numpy()))
+    for p in projections(model): add_zeros(digest, p, p.stored == 0)
     return digest.hexdigest()
 
 # %% ../../nbs/jobs/00_records.ipynb #c046

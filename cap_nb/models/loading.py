@@ -473,11 +473,15 @@ def fetch_smollm2() -> Path: # The folder
     return folder
 
 # %% ../../nbs/models/08_loading.ipynb #c066
+def smollm2_folder() -> Path:
+    "The folder of the converted SmolLM2; one that was not fetched raises `BadInput`."
+    folder = model_cache()/"smollm2"
+    if (folder/"SHA256SUMS.json").is_file(): return folder
+    raise BadInput(f"SmolLM2 is not in {folder}: expected it to be fetched first; run 'cap fetch smollm2'.")
+
 def load_smollm2(dtype: torch.dtype | None, device: torch.device | str) -> tuple[nn.Module, object]:
     "Load the converted SmolLM2; checksums that do not match raise `BadInput`."
-    folder = model_cache()/"smollm2"
-    if not (folder/"SHA256SUMS.json").is_file():
-        raise BadInput(f"SmolLM2 is not in {folder}: expected it to be fetched first; run 'cap fetch smollm2'.")
+    folder = smollm2_folder()
     check_checksums(folder, f"remove {folder} and fetch it again")
     return load_folder(folder, dtype, device)
 

@@ -30,7 +30,7 @@ from ..calibration import Calibration
 from ..core.errors import BadInput, validate_arguments
 from ..core.files import check_sealed, read_object, sealed, sha256_of_file, whole_folder, write_text
 from ..evaluation import Evaluation
-from ..jobs.records import Run, load_run
+from ..jobs.records import Run, add_zeros, load_run
 from ..jobs.tables import markdown_rows, table_markdown, value_text
 from ..methods.criteria import CRITERIA
 from ..methods.prune import check_method, method_line, own_scope
@@ -144,8 +144,7 @@ def zeros_of_folder(folder: str | Path, method: str, asked: float) -> tuple[Prun
     for p in tqdm(projections(checkpoint.model), desc="zeros", unit="matrix"):
         mask = read_weight(checkpoint, p) == 0
         zeros[p.name] = int(mask.sum())
-        digest.update(f"{p.name} {tuple(p.stored.shape)}".encode())
-        digest.update(np.packbits((mask.T if p.transposed else mask).numpy()))
+        add_zeros(digest, p, mask.T if p.transposed else mask)
     return report_of(projections(checkpoint.model), zeros, method, asked), digest.hexdigest()
 
 # %% ../../nbs/portable/04_sharing.ipynb #87935614

@@ -7,7 +7,6 @@ __all__ = ['shrink']
 
 # %% ../../nbs/portable/06_shrink.ipynb #c004
 import copy
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 import torch
 from torch import nn
@@ -22,6 +21,7 @@ from ..methods.neurons import masked_neurons, neuron_estimates
 from ..methods.sparsegpt import check_finite, damped_hessian, input_hessians
 from ..models.anatomy import Part, Projection, anatomy, dimensions, key_value_head_of, projections
 from ..models.checks import zeros_of
+from ..models.interventions import all_of
 from ..models.loading import without_bars
 from ..scoring import batches_of, masked_head, target_losses
 
@@ -156,12 +156,10 @@ def shrink(
 def logits_masked(model: nn.Module, neurons: torch.Tensor, groups: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     "The logits of a model with only these neurons and key-value heads of every layer."
     a, every = anatomy(model), range(widths_of(model)[0])
-    with ExitStack() as stack:
-        for layer in range(a.layers):
-            stack.enter_context(masked_neurons(model, layer, sorted({*every} - {*neurons[layer].tolist()})))
-            for head in (h for h in range(a.heads) if key_value_head_of(a)[h] not in groups[layer]):
-                stack.enter_context(masked_head(model, layer, head))
-        return model(ids).logits
+    without = [masked_neurons(model, layer, sorted({*every} - {*neurons[layer].tolist()})) for layer in range(a.layers)]
+    without += [masked_head(model, layer, head) for layer in range(a.layers) for head in range(a.heads)
+                if key_value_head_of(a)[head] not in groups[layer]]
+    with all_of(without): return model(ids).logits
 
 # %% ../../nbs/portable/06_shrink.ipynb #c036
 def contributions(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096) -> torch.Tensor:
