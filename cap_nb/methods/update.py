@@ -189,7 +189,7 @@ class JointStep:
     weight: torch.Tensor # D, scaled, zero at the mask [out, in]
 
 Dividing = Callable[[ScaledLayer, float], Callable[[torch.Tensor], torch.Tensor]] # As `dividing_by`
-LOWERED, HARDLY = 2, 0.005 # A first rho that changes less than a share of 0.005 is lowered, at most twice
+LOWERED, HARDLY = 2, 0.005 # A first rho is lowered, at most twice, if a smaller share of what is kept or goes changed
 
 def joint_steps(layer: ScaledLayer, choose: Choose, settings: JointSettings,
                 dividing: Dividing = dividing_by) -> Iterator[JointStep]:
@@ -204,9 +204,10 @@ def joint_steps(layer: ScaledLayer, choose: Choose, settings: JointSettings,
         new = both * ~mask # several times as fast as masked_fill
         dual = both.sub_(new).mul_(rho)
         if iteration % settings.every and iteration < settings.iterations: continue
-        changed, last = int((mask != last).sum()) / max(1, int((~mask).sum())), mask
+        kept, moved, last = int((~mask).sum()), int((mask != last).sum()), mask
+        changed = moved / max(1, kept)
         yield JointStep(iteration=iteration, rho=rho, changed=changed, mask=mask, weight=new)
-        moving = moving or changed >= HARDLY or lowered == LOWERED
+        moving = moving or moved >= HARDLY * min(kept, mask.numel() - kept) or lowered == LOWERED
         if moving and changed <= settings.still or iteration == settings.iterations: return
         lowered += not moving
         rho = next_rho(rho, changed, settings.growth) if moving else rho / 5
