@@ -10,7 +10,9 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, Qwen2Config, Trainer, TrainerCallback, TrainingArguments
 
 from programs import called as cap, output_of
+from cap_nb.calibration import Calibration
 from cap_nb.core.files import read_json, sealed
+from cap_nb.data.prompts import IGNORED
 from cap_nb.methods.prune import prune
 from cap_nb.models.anatomy import projections
 from cap_nb.models.lab import STATE
@@ -105,6 +107,46 @@ def test_every_module_keeps_its_mode():
     prune(model, "magnitude", 0.5)
     recover(model, made_up_calibration(), FEW)
     assert model.training and not model.get_input_embeddings().training
+
+
+def test_what_the_caller_left_changes_nothing():
+    """Gradients that were there, and a teacher whose dropout is on, which stays on."""
+    model, again, teacher = (tiny(GPT2Config) for _ in range(3))
+    for each in (model, again):
+        prune(each, "magnitude", 0.5)
+    for p in again.parameters():
+        p.grad = torch.ones_like(p)
+    first = recover(model, made_up_calibration(), FEW, teacher=teacher)
+    assert recover(again, made_up_calibration(), FEW, teacher=teacher.train()).after == first.after
+    assert all(module.training for module in teacher.modules())
+
+
+def test_changes_that_are_lost_in_the_cast_are_counted(caplog):
+    """Rates far below the spacing of bfloat16 leave all weights as they were, in float32 none."""
+    for dtype, moves in ((torch.bfloat16, False), (torch.float32, True)):
+        model = tiny_llama().to(dtype)
+        prune(model, "magnitude", 0.5)
+        caplog.clear()
+        report = recover(model, made_up_calibration(), replace(FEW, lr=1e-6))
+        live = report.weights - report.zeros
+        assert (report.moved > 0.9 * live, report.moved < 0.1 * live) == (moves, not moves)
+        assert ("is rounded away" in caplog.text) is not moves
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(monkeypatch):
+    model, losses = tiny_llama(), fine_tuning.target_losses
+    prune(model, "magnitude", 0.5)
+    before = model_fingerprint(model)
+    monkeypatch.setattr(fine_tuning, "target_losses", lambda model, batch: losses(model, batch) + (0 * model.lm_head.weight).sum().sqrt())
+    refuses("The gradient of a step is not finite", recover, model, made_up_calibration(), FEW)
+    assert model_fingerprint(model) == before
+
+
+def test_an_example_without_a_target_is_named():
+    model, examples = tiny_llama(), made_up_calibration().examples
+    prune(model, "magnitude", 0.5)
+    without = replace(examples[0], uid="without", labels=(IGNORED,) * len(examples[0].labels))
+    refuses("Example without of .* has no target", recover, model, Calibration.from_examples([*examples, without], k=1), FEW)
 
 
 def test_a_broken_low_rank_training_leaves_the_model_as_it_was():

@@ -18,7 +18,8 @@ from cap_nb.models.replay import (
     at_positions, can_be_cut, cut_call, first_of, HeadOutputs, keys_and_values, LayerCall, Prefix, PrefixCache,
     read_after_prefix, read_prefix, recorded_calls, recorded_heads, repeated, replayed_heads, run_layer, stored_keys)
 from cap_nb.models.anatomy import (
-    anatomy, Anatomy, decoded, decoder_layers, dimensions, final_norm, head_logits, output_projection)
+    anatomy, Anatomy, check_length, check_tokens, decoded, decoder_layers, dimensions, final_norm, head_logits,
+    output_projection)
 from cap_nb.scoring import head_losses, HeadLosses, mean_by_example, token_counts
 
 def token_losses(model: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, rows: int = 1024) -> torch.Tensor:
@@ -71,6 +72,7 @@ def divergence_of_logits(intact: torch.Tensor, changed: torch.Tensor) -> torch.T
 
 def target_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     "For each example, the logits where a target is predicted, [targets, vocabulary], by a whole pass."
+    check_length(model, batch["input_ids"].shape[1]), check_tokens(model, batch["input_ids"])
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
     return [row[labels != IGNORED] for row, labels in zip(logits, batch["labels"][:, 1:])]
 

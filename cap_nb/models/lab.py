@@ -273,8 +273,10 @@ def cooling_rate(step: int, recipe: ExpertsRecipe) -> float:
 # %% ../../nbs/models/06_lab.ipynb #4c77d121
 def step_optimizers(parameters: Sequence[nn.Parameter], optimizers: Sequence[torch.optim.Optimizer],
                     factor: float) -> None:
-    "One step of every optimiser, its rate times the factor, after clipping the gradient."
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    "One step of every optimiser, its rate times the factor; a gradient that is not finite raises `BadInput` before."
+    if not torch.nn.utils.clip_grad_norm_(parameters, 1.0).isfinite():
+        raise BadInput("The gradient of a step is not finite: expected a training that converges; lower the learning "
+                       "rate.")
     for optimizer in optimizers:
         for group in optimizer.param_groups: group["lr"] = factor * group.setdefault("full_rate", group["lr"])
         optimizer.step()
