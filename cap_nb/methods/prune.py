@@ -62,7 +62,7 @@ RECOVERIES.update({name: Described(form.says, "after Guo et al. 2024") for name,
 SOLVERS["sparsegpt"] = Described("a small error layer by layer, with updates of the weights that stay",
                                  "Frantar and Alistarh 2023")
 SOLVERS["alps"] = Described(
-    "zeros and weights that stay sought together, layer by layer, in 2 to 6 times SparseGPT's time", "Meng et al. 2024")
+    "zeros and weights that stay sought together, layer by layer, in 1 to 7 times SparseGPT's time", "Meng et al. 2024")
 @dataclass(frozen=True)
 class Reading:
     "A reading of the paper: its scores from the same table of losses, its regions from the same heads."
