@@ -84,7 +84,6 @@ from cap_nb.methods.streaming import load_norms as load_norms
 from cap_nb.data.problems import load_problems as load_problems
 from cap_nb.jobs.records import load_run as load_run
 from cap_nb.data.problems import load_text as load_text
-from cap_nb.portable.fine_tuning import log as log
 from cap_nb.data.prompts import make_example as make_example
 from cap_nb.scoring import masked_head as masked_head
 from cap_nb.methods.budgets import measured_budgets as measured_budgets

@@ -672,7 +672,7 @@ def recover_command(
     report = train_into(job, settings, out, teacher)
     return (f"{out}: {len(report.losses)} steps, the loss of the first {report.losses[0]:.4g}, of the last "
             f"{report.losses[-1]:.4g}; {report.zeros:,} of {report.weights:,} weights in scope are zero, "
-            f"no fewer than before, and {report.moved:,} have changed.")
+            "no fewer than before.")
 
 @command(PRUNED, "model", "calibrate", "aggregation", "score_target", without=("calibration_seed",), settings=Shrinking)
 def shrink_command(
