@@ -100,7 +100,7 @@ def held_zeros(
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c031
 class HeldZeros(TrainerCallback):
-    "Hold a pruned model's zeros while a Trainer of transformers trains it."
+    "Hold a pruned model's zeros while a Trainer trains it; after a training that raised, call `on_train_end`."
     def __init__(self) -> None:
         "Nothing is held yet."
         self.stack: ExitStack = ExitStack() # What is to be undone
