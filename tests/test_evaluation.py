@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -109,6 +110,13 @@ def test_slots_are_reused_moved_and_made_longer():
         assert generate_greedy(tiny, Stop, prompts, 80, decoding=Decoding(batch_tokens=budget)) == naive
         assert all(rows * columns <= budget for rows, columns in seen if rows > 1)
     handle.remove()
+
+
+def test_prompts_may_be_a_tensor_or_arrays():
+    tiny, prompts = tiny_llama(vocab_size=60), torch.tensor([[5, 6, 7], [8, 9, 10]])
+    wanted = generate_greedy(tiny, Stop, prompts.tolist(), 4)
+    for given in (prompts, prompts.numpy(), list(prompts)):
+        assert generate_greedy(tiny, Stop, given, 4, decoding=Decoding(expected=np.array([3, 4]))) == wanted
 
 
 @pytest.mark.parametrize("name", {kind: name for name, (kind, _) in TINY_MODELS.items()}.values())
@@ -317,6 +325,7 @@ def test_drawn_answers_in_a_run_that_was_killed(tmp_path, monkeypatch):
     pack_run(tmp_path / "whole")
     assert load_run(tmp_path / "whole").evaluations == run.evaluations
     compared = compare_runs(tmp_path / "whole", against="dense")
+    assert compare_runs(tmp_path / "whole", against="dense", sparsities=np.array([0.5])) == compared
     found = compared["Magnitude", "Dense", 0.5, "Lab GSM8K pass@1, k = 3"]
     gains = [100 * (share - right_shares(dense.answers)[problem]) for problem, share in right_shares(pruned.answers).items()]
     assert (found.n, found.alone, found.p) == (9, None, sign_flip_test(gains)) and math.isclose(found.value, sum(gains) / 9)
