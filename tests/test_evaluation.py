@@ -22,7 +22,7 @@ from cap_nb.calibration import Calibration, overlap
 from cap_nb.data.problems import BENCHMARK_NAMES, load_problems, task_family
 from cap_nb.data.prompts import encode_problem, prompt_text, strict_answer, target_text
 from cap_nb.evaluation import (
-    answer_problems, evaluation_problems, extract_answer, normal_answer, perplexity, right_shares, strict_pattern, window_losses)
+    answer_problems, bootstrap_interval, evaluation_problems, extract_answer, normal_answer, perplexity, right_shares, strict_pattern, window_losses)
 from cap_nb.core.files import sha256_of_text
 from cap_nb.jobs import job
 from cap_nb.jobs.job import evaluate, evaluation_data, filled_in, run_job, shown_examples
@@ -110,6 +110,12 @@ def test_slots_are_reused_moved_and_made_longer():
         assert generate_greedy(tiny, Stop, prompts, 80, decoding=Decoding(batch_tokens=budget)) == naive
         assert all(rows * columns <= budget for rows, columns in seen if rows > 1)
     handle.remove()
+
+
+def test_what_one_value_is_asked_with_is_checked_too_and_values_may_be_a_tensor():
+    for wrong in ({"confidence": 7}, {"resamples": 0}, {"seed": -1}):
+        refuses("expected", bootstrap_interval, [1.0], **wrong)
+    assert bootstrap_interval(torch.tensor([1.0, 2.0, 4.0], requires_grad=True)) == bootstrap_interval([1.0, 2.0, 4.0])
 
 
 def test_prompts_may_be_a_tensor_or_arrays():

@@ -155,9 +155,10 @@ class MaskedLowRank(nn.Module):
         "Matrices for a weight [..., out, in]; the first change is nothing."
         super().__init__()
         *stack, rows, columns = weight.shape
-        down = torch.randn(*stack, rank, columns, generator=rng) / columns**0.5
+        down = torch.randn(*stack, rank, columns, dtype=torch.float32, device="cpu", generator=rng) / columns**0.5
         self.down = nn.Parameter(down.to(weight.device)) # A, float32 [..., rank, in]
-        self.up = nn.Parameter(torch.zeros(*stack, rows, rank, device=weight.device)) # B, float32 [..., out, rank]
+        up = torch.zeros(*stack, rows, rank, dtype=torch.float32, device=weight.device)
+        self.up = nn.Parameter(up) # B, float32 [..., out, rank]
         self.register_buffer("zeros", weight.detach() == 0, persistent=False)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
