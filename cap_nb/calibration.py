@@ -59,8 +59,8 @@ def deal_subsets(stratum: Sequence[int], k: int, seed: int = 0) -> torch.Tensor:
     for s in sorted(members):
         rng.shuffle(members[s])
         dealt += members[s]
-    subset = torch.zeros(len(stratum), dtype=torch.int64)
-    subset[torch.tensor(dealt)] = torch.arange(len(dealt)) % k
+    subset = torch.zeros(len(stratum), dtype=torch.int64, device="cpu")
+    subset[torch.tensor(dealt, device="cpu")] = torch.arange(len(dealt), device="cpu") % k
     return subset
 
 # %% ../nbs/00_calibration.ipynb #c0e78b50

@@ -36,8 +36,8 @@ from .core.errors import (
 from .core.stopping import NOTHING_KEPT, signals_answered, stop, stop_says, STOPPED
 from .jobs.settings import (
     changed, check_names, check_ranges, DISCORDANT, FineTuning, Job, known_names, MOST, OF_ANSWERS, OPTION_NAMES,
-    option_of, option_text, Planning, QUICK, quick_job, read_rule, recipe_lines, RECIPES, Shrinking, SinglePruning,
-    SpeedSettings, with_method, with_recipe)
+    option_of, option_text, Planning, QUICK, quick_job, read_rule, recipe_lines, RECIPES, share_of_text, Shrinking,
+    SinglePruning, SpeedSettings, with_method, with_recipe)
 
 # %% ../nbs/command_line.ipynb #75840435
 def bug_report(error: Exception) -> str: # The sentence
@@ -299,6 +299,24 @@ PLUGIN = make_option("plugin", list[Path] | None, None, "your own Python file, w
                      "attributions, allocations, tasks, texts, families or formats; may be given several times")
 
 # %% ../nbs/command_line.ipynb #09bc3611
+def check_evaluated(context: typer.Context, job: Job, names: Collection[str]) -> None: # The names of its options
+    "Refuse options of answers or of a text, with `BadInput`, where there are none; what --quick sets may be repeated."
+    asked, unread = job.evaluate, {}
+    if asked.accuracy_tasks == (): unread["evaluate_n"] = "--accuracy-tasks none: expected tasks to answer; name some"
+    if not asked.windows: unread["window_tokens"] = "--windows 0: expected some windows; give a number"
+    of_variants = "variants" in context.params # which may be calibrated on text
+    if not (asked.windows or of_variants or share_of_text(job.calibrate)): unread["text"] = unread["window_tokens"]
+    for name in given_in(context, [name for name in unread if name in names]):
+        if (value := getattr(asked, name)) == QUICK.get(name): continue
+        if name == "text":
+            from cap_nb.data.problems import TEXTS
+            check_choice(value, TEXTS, "text")
+        raise BadInput(f"{option_of(name)} {value} was given with {unread[name]}, or leave {option_of(name)} out.")
+
+def check_options(context: typer.Context, job: Job | None, from_settings: dict, from_job: dict) -> None:
+    if names_are_known(): check_names(from_settings | from_job)
+    if job is not None: check_evaluated(context, job, from_job)
+
 def adjusted(context: typer.Context, from_job: dict, quick: bool | None) -> tuple[Job, bool]: # Is it too small?
     "The job that the options of a command ask for: a budget's scores are means, and a first look takes minutes."
     job = changed(Job(), **from_job)
@@ -331,7 +349,7 @@ def command(heading: str, *parts: str, without: tuple[str, ...] = (), settings: 
             if of_job: keep_freed()
             if "context" in inspect.signature(function).parameters: own["context"] = context
             with stop_says(STOPPED if resumes else NOTHING_KEPT), plugins_of_user(plugin.get("plugin")):
-                if names_are_known(): check_names(from_settings | from_job)
+                check_options(context, own.get("job"), from_settings, from_job)
                 lines = function(**own)
             if text := "\n".join(filter(None, (lines, few and TOO_FEW))): typer.echo(text)
         parameters = [CONTEXT, *(option.parameter for group in groups for option in group)]
@@ -553,16 +571,19 @@ MEASURING = ("tasks", "data_dir", "style", "n", "calibration_tokens", "k", "seed
 
 def check_measured(context: typer.Context, job: Job, settings: SinglePruning) -> None:
     "Refuse options of a calibration set, with `BadInput`, where none is read."
+    from cap_nb.core.registry import code_of
     from cap_nb.methods.prune import check_method
     from cap_nb.single_steps import check_pruning, is_calibrated, walks_from_disk
     given = given_in(context, MEASURING)
     if settings.stream and given and not walks_from_disk(settings):
         raise BadInput(f"{option_of(given[0])} was given with --stream: expected none, since nothing is measured; give "
                        "it to 'cap hessians' or 'cap score', or leave it out.")
-    unread = [option_of(name) for name in given if name not in ("seed", "batch_tokens")] # of any method in memory
-    if settings.stream or not unread: return
+    if settings.stream or not given: return
     check_pruning(job, settings) # first, since a table of losses may be what is missing
-    if not is_calibrated(check_method(settings.method), settings.scores):
+    parts = check_method(settings.method)
+    drawn = parts.base == "random" or code_of("criterion", parts.base) # which may read a seed
+    unread = [option_of(name) for name in given if not (drawn and name == "seed")]
+    if unread and not is_calibrated(parts, settings.scores):
         raise BadInput(f"{unread[0]} was given with method {settings.method!r}, which is calibrated on nothing here: "
                        f"expected a method as wanda; name one, or leave {unread[0]} out.")
 
@@ -698,10 +719,10 @@ def export_command(
     folder: Path, # folder of a pruned checkpoint
     *,
     out: Path, # the new folder, or file of a gguf
-    form: str = "bitmask", # bitmask; delta, masks alone beside a base; gguf, in 16 bits; or one of a plugin
+    form: str = "bitmask", # bitmask; delta, masks alone beside a base; gguf or a plugin's, which nothing restores
     base: str | None = None, # for a delta: the model that was pruned, as lab or a folder
 ) -> str:
-    "Pack a pruned checkpoint into a smaller folder, from which 'cap restore' makes it again; resumable."
+    "Pack a pruned checkpoint into a folder for 'cap restore', resumable; or write a form that nothing restores."
     if names_are_known(): check_choice(form, known_names()["format"], "format")
     from cap_nb.core.registry import FORMATS
     return FORMATS[check_choice(form, FORMATS, "format")].export(folder, out, base)
@@ -811,10 +832,11 @@ def table_command(
 def figures_command(
     folder: Path, # a run's folder, or one that holds some
 ) -> None:
-    "Make tables, figures and manifest of every run in a folder again, from its records; of a live run, its page too."
+    "Make tables, figures and manifest of every run in a folder again, from its records; of a packed one what is left."
     from cap_nb.jobs.report import write_results
     for run in done_in(folder, write_results):
-        typer.echo(f"{run}: tables, figures and manifest.json are those of its records.")
+        made = "manifest.json" if (run/"manifest.json").exists() else "page, as far as they were there," # it is packed
+        typer.echo(f"{run}: tables, figures and {made} are those of its records.")
 
 @command(RECORDS, resumes=True)
 def report_command(

@@ -13,7 +13,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from cap_nb.core.errors import BadInput, check_at_least, check_choice, check_confidence, check_seed, validate_arguments
+from cap_nb.core.errors import (
+    as_list, BadInput, check_at_least, check_choice, check_confidence, check_seed, validate_arguments)
 from cap_nb.core.files import sha256_of_text
 from cap_nb.data.problems import TASKS, Problem, Text, load_problems, load_text, task_family
 from cap_nb.data.prompts import (
@@ -267,10 +268,12 @@ def bootstrap_interval(
     statistic: Callable[..., np.ndarray] = np.mean, # Of each row of an array, as np.mean and np.median give it
 ) -> tuple[float, float]: # (low, high), infinite for one value
     "Percentile bootstrap interval of a mean (Efron 1979), or of another statistic; no values raise `BadInput`."
-    if check_at_least(len(values), 1, "The number of values to resample") == 1: return -math.inf, math.inf
-    check_confidence(confidence), check_at_least(resamples, 1, "resamples")
+    values = np.asarray(as_list(values), dtype=np.float64) # of a tensor too, wherever it lies
+    check_at_least(len(values), 1, "The number of values to resample")
+    check_confidence(confidence), check_at_least(resamples, 1, "resamples"), check_seed(seed)
+    if len(values) == 1: return -math.inf, math.inf
     indices = kept_indices if len(values) * resamples <= KEPT else resampled_indices
-    pieces, values = indices(len(values), resamples, check_seed(seed)), np.asarray(values, dtype=np.float64)
+    pieces = indices(len(values), resamples, seed)
     drawn = np.concatenate([statistic(values[piece], axis=1) for piece in pieces])
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

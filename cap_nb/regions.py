@@ -25,7 +25,7 @@ from .models.anatomy import Anatomy, Projection, anatomy, projections
 IN_COLUMNS = ("output", "down") # Roles of the projections whose regions are columns; in the others they are rows
 LAYOUTS = ("heads", "literal") # A head's own rows and columns, or the slices that the paper's words name in PyTorch
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Factors:
     "The importance factors of a model's heads; an unknown `key_value` or `layout` raises `BadInput`."
     heads: torch.Tensor # Importance factor of every query head, [L, H]

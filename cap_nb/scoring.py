@@ -21,7 +21,7 @@ def masked_head(
     model: nn.Module, # A causal language model of a known family
     layer: int, # Index of the decoder layer, from 0
     head: int, # Index of the query head, from 0
-) -> AbstractContextManager[None]: # The head is masked while the `with` block runs
+) -> AbstractContextManager[None]: # The head is masked while a `with` block runs; good for one
     "Set a head's slice of the output projection's input to zero (paper section 3.2); no such head raises `BadInput`."
     about = dimensions(model.config)
     size, head = about.head_size, check_index(head, about.heads, "head")
@@ -67,7 +67,7 @@ import transformers
 from .calibration import deal_subsets
 from .models.loading import model_fingerprint
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeadLosses:
     "Losses of a calibration set, intact and with each head masked."
     masked: torch.Tensor # Loss with head h of layer l masked, in nats, float64 [L, H, N]
@@ -78,7 +78,7 @@ class HeadLosses:
     k: int # Number of subsets, K
     seed: int # Seed of the deal into subsets
     meta: dict[str, Any] = field(default_factory=dict) # Provenance: fingerprints, dtype, device, versions
-    tokens: torch.Tensor | None = field(default=None, compare=False) # Target tokens of each, int64 [N]; None: not kept
+    tokens: torch.Tensor | None = None # Target tokens of each, int64 [N]; None: not kept
 
     @property
     def subset(self) -> torch.Tensor:
@@ -195,10 +195,10 @@ def causal_scores(
 # %% ../nbs/01_scoring.ipynb #c033
 def resampled(subset: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     "How often each example is drawn, float64 [N], if each subset is resampled with replacement."
-    counts = torch.zeros(len(subset), dtype=torch.float64)
+    counts = torch.zeros(len(subset), dtype=torch.float64, device="cpu")
     for s in subset.unique():
         members = (subset == s).nonzero()[:, 0]
-        drawn = members[torch.randint(len(members), (len(members),), generator=rng)]
+        drawn = members[torch.randint(len(members), (len(members),), device="cpu", generator=rng)]
         counts += torch.bincount(drawn, minlength=len(subset))
     return counts
 
@@ -224,7 +224,8 @@ def score_interval(
         masked, intact = (subset_means(values, subset, counts) for values in (losses.masked, losses.intact))
         scores.append(aggregate(masked, intact, how))
     tail = (1 - confidence) / 2
-    low, high = torch.stack(scores).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
+    tails = torch.tensor([tail, 1 - tail], dtype=torch.float64, device="cpu")
+    low, high = torch.stack(scores).quantile(tails, dim=0)
     return low, high
 
 # %% ../nbs/01_scoring.ipynb #3ea0357f
@@ -251,7 +252,7 @@ def split_half_reliability(
     rng, rise, correlations = torch.Generator().manual_seed(seed), losses.masked - losses.intact, []
     half = len(losses.intact) // 2
     for _ in range(splits):
-        order = torch.randperm(len(losses.intact), generator=rng)
+        order = torch.randperm(len(losses.intact), device="cpu", generator=rng)
         first, second = rise[..., order[:half]].mean(-1), rise[..., order[half:]].mean(-1)
         correlations.append(rank_correlation(first, second))
     return correlations

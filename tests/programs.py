@@ -54,7 +54,7 @@ def alone(work, out, err, folder=None):
 
 
 FEW = ["--n", "3", "--k", "2", "--evaluate-n", "2", "--loss-n", "2", "--max-new-tokens", "6", "--windows", "1", "--window-tokens", "32", "--device", "cpu"]
-FEW_LOSSES = [*FEW[:8], *FEW[10:], "--accuracy-tasks", "none"]  # the same without answers and their tokens
+FEW_LOSSES = [*FEW[:4], *FEW[6:8], *FEW[10:], "--accuracy-tasks", "none"]  # the same without answers and their tokens
 
 
 def called(*words):

@@ -29,7 +29,7 @@ from cap_nb.data.prompts import IGNORED, Example
 from cap_nb.methods.resumed_scoring import score_heads
 from cap_nb.evaluation import window_losses
 from cap_nb.methods.criteria import dense_norms
-from cap_nb.methods.prune import prune
+from cap_nb.methods.prune import needs_of, parse_method, prune
 from cap_nb.methods.streaming import prune_checkpoint
 from cap_nb.models.anatomy import anatomy, expert_counts, output_projection, projections
 from cap_nb.models.checks import check_anatomy
@@ -188,6 +188,11 @@ def tiny_factors(model):
     """A random importance factor for every head, [L, H], in [1, 10]."""
     a = anatomy(model)
     return 1 + 9 * torch.rand(a.layers, a.heads, generator=torch.Generator().manual_seed(2))
+
+
+def factors_read(method, factors):
+    """Factors for a method that reads them, else none."""
+    return factors if "factors" in needs_of(parse_method(method)) else None
 
 
 # The attention by hand: what a head adds to the attention's output is W_o[:, h] softmax(q_h k_g^T s + m) v_g

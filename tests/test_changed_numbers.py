@@ -1,4 +1,5 @@
 """Copies of GSM8K's problems with changed numbers, on the benchmark's own file where it is at hand."""
+import json
 import random
 import re
 from fractions import Fraction
@@ -6,7 +7,7 @@ from fractions import Fraction
 import pytest
 
 from cap_nb.data.changed_numbers import changed_pairs, copy_of, equations, numbers_in, read_worked
-from cap_nb.data.problems import read_gsm8k, records_of_file
+from cap_nb.data.problems import load_problems, read_gsm8k, records_of_file
 from conftest import DATA, needs_data
 
 
@@ -97,3 +98,13 @@ def test_a_copy_can_be_copied(pairs):
     """A copy has the form of a record, so it is read again; most have copies of their own."""
     again = changed_pairs([copy for _, copy in pairs[:60]], seed=2)
     assert len(again) >= 45
+
+
+def test_copies_are_of_what_the_file_holds_now(tmp_path):
+    asked = []
+    for apples in (3, 5):
+        record = {"question": f"Tom has {apples} apples and buys 4 more. How many?", "answer": f"It is {apples}+4=<<{apples}+4={apples + 4}>>{apples + 4}.\n#### {apples + 4}"}
+        (tmp_path / "gsm8k").mkdir(exist_ok=True)
+        (tmp_path / "gsm8k" / "test.jsonl").write_text(json.dumps(record) + "\n")
+        asked.append(load_problems("gsm8k_changed", "evaluation", tmp_path))
+    assert asked[0] != asked[1]

@@ -109,7 +109,7 @@ def test_a_run_within_a_budget_says_what_was_measured(tmp_path):
     assert cap("pack", tmp_path / "part").exit_code == 0 and torch.equal(load_run(tmp_path / "part").scores, run.scores)
     few += ["--aggregation", "mean"]
     assert_one_sentence(cap("run", *few, "--out", tmp_path / "part"), "--budget is left out, the run in this folder has 0.7")
-    claims = ["claims", *FEW, "--base", tmp_path / "part", "--out", tmp_path / "claims", "--tasks", "lab-arc", "--accuracy-tasks", "none"]
+    claims = ["claims", *FEW_LOSSES, "--base", tmp_path / "part", "--out", tmp_path / "claims", "--tasks", "lab-arc"]
     assert_one_sentence(cap(*claims), "has no whole table of losses")
 
 
@@ -170,6 +170,7 @@ def test_packing_changes_nothing_that_is_said(finished, tmp_path):
     assert cap("pack", packed).exit_code == 0
     assert {p.name for p in packed.iterdir()} == {"report.html", "records.parquet", "log.txt", "tables", "figures"}
     assert cap("table", packed).stdout == cap("table", folder).stdout
+    assert "as far as they were there" in output_of("figures", packed) and not (packed / "manifest.json").exists()
     assert_one_sentence(cap("run", *FEW, "--methods", "wanda", "--sparsity", "0.25", "--out", packed), "is a packed run", "cap unpack")
     assert cap("unpack", packed, restored).exit_code == 0
     assert contents(restored) == contents(folder)

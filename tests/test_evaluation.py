@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -21,7 +22,7 @@ from cap_nb.calibration import Calibration, overlap
 from cap_nb.data.problems import BENCHMARK_NAMES, load_problems, task_family
 from cap_nb.data.prompts import encode_problem, prompt_text, strict_answer, target_text
 from cap_nb.evaluation import (
-    answer_problems, evaluation_problems, extract_answer, normal_answer, perplexity, right_shares, strict_pattern, window_losses)
+    answer_problems, bootstrap_interval, evaluation_problems, extract_answer, normal_answer, perplexity, right_shares, strict_pattern, window_losses)
 from cap_nb.core.files import sha256_of_text
 from cap_nb.jobs import job
 from cap_nb.jobs.job import evaluate, evaluation_data, filled_in, run_job, shown_examples
@@ -109,6 +110,19 @@ def test_slots_are_reused_moved_and_made_longer():
         assert generate_greedy(tiny, Stop, prompts, 80, decoding=Decoding(batch_tokens=budget)) == naive
         assert all(rows * columns <= budget for rows, columns in seen if rows > 1)
     handle.remove()
+
+
+def test_what_one_value_is_asked_with_is_checked_too_and_values_may_be_a_tensor():
+    for wrong in ({"confidence": 7}, {"resamples": 0}, {"seed": -1}):
+        refuses("expected", bootstrap_interval, [1.0], **wrong)
+    assert bootstrap_interval(torch.tensor([1.0, 2.0, 4.0], requires_grad=True)) == bootstrap_interval([1.0, 2.0, 4.0])
+
+
+def test_prompts_may_be_a_tensor_or_arrays():
+    tiny, prompts = tiny_llama(vocab_size=60), torch.tensor([[5, 6, 7], [8, 9, 10]])
+    wanted = generate_greedy(tiny, Stop, prompts.tolist(), 4)
+    for given in (prompts, prompts.numpy(), list(prompts)):
+        assert generate_greedy(tiny, Stop, given, 4, decoding=Decoding(expected=np.array([3, 4]))) == wanted
 
 
 @pytest.mark.parametrize("name", {kind: name for name, (kind, _) in TINY_MODELS.items()}.values())
@@ -317,6 +331,7 @@ def test_drawn_answers_in_a_run_that_was_killed(tmp_path, monkeypatch):
     pack_run(tmp_path / "whole")
     assert load_run(tmp_path / "whole").evaluations == run.evaluations
     compared = compare_runs(tmp_path / "whole", against="dense")
+    assert compare_runs(tmp_path / "whole", against="dense", sparsities=np.array([0.5])) == compared
     found = compared["Magnitude", "Dense", 0.5, "Lab GSM8K pass@1, k = 3"]
     gains = [100 * (share - right_shares(dense.answers)[problem]) for problem, share in right_shares(pruned.answers).items()]
     assert (found.n, found.alone, found.p) == (9, None, sign_flip_test(gains)) and math.isclose(found.value, sum(gains) / 9)

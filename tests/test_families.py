@@ -1,15 +1,16 @@
 """Every claim about every family, on tiny random models of the true classes; and models that are refused."""
+import copy
 from dataclasses import replace
 
 import proofs
 import pytest
 import torch
 import transformers
-from proofs import PROOFS, RECORD, TINY_MODELS, proof_error, proofs_of, tiny_calibration, tiny_factors, tiny_model
+from proofs import PROOFS, RECORD, TINY_MODELS, factors_read, proof_error, proofs_of, tiny_calibration, tiny_factors, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, GPTNeoConfig, GPTNeoForCausalLM
 
-from cap_nb.calibration import Calibration
+from cap_nb.calibration import Calibration, calibration_set
 from fixtures import made_up_calibration, refuses, tiny_llama
 from hub import byte_tokenizer
 from cap_nb.core.files import read_checked
@@ -324,7 +325,7 @@ def test_every_method_prunes_a_moe_and_can_be_undone(name):
     model = tiny_model(name)
     dense, copies, before = model_fingerprint(model), copied_weights(model), mask_fingerprint(model)
     for method, sparsity in SPARSITIES.items():
-        report = prune(model, method, sparsity, None if "." in method else tiny_factors(model), tiny_calibration())
+        report = prune(model, method, sparsity, None if "." in method else factors_read(method, tiny_factors(model)), tiny_calibration())
         assert abs(report.reached - sparsity) < (0.06 if method in ("heads", "wanda+owl") else 0.01), method
         assert mask_fingerprint(model) != before
         put_back(model, copies)
@@ -462,6 +463,19 @@ def test_factors_are_float32_whatever_torch_s_default_is():
     try: found = region_factors(model, factors)
     finally: torch.set_default_dtype(torch.float32)
     assert all(torch.equal(found[name], expected[name]) and found[name].dtype == torch.float32 for name in expected)
+
+
+@pytest.mark.parametrize("method", ["random", "rgs"])
+def test_zeros_do_not_depend_on_torch_s_default_dtype(method):
+    masks, (lab, tokenizer) = [], load_model("lab", "float32", "cpu")
+    calibration = calibration_set(tokenizer, ("lab-arc",), n=2, k=1)
+    for default in (torch.float32, torch.bfloat16):
+        model = copy.deepcopy(lab)
+        torch.set_default_dtype(default)
+        try: prune(model, method, 0.5, calibration=calibration)
+        finally: torch.set_default_dtype(torch.float32)
+        masks.append(mask_fingerprint(model))
+    assert masks[0] == masks[1]
 
 
 def test_a_router_that_returns_logits_alone_is_refused():

@@ -195,7 +195,7 @@ def test_a_hub_that_does_not_give(machine, hub, fault, parts):
 
 def test_a_data_set_out_of_reach_names_the_option(machine, hub):
     hub.misbehave("datasets/openai", Fault(status=503), times=9, method="HEAD")
-    outcome = machine.run(f"run --model lab --tasks gsm8k {FEW.replace('--max-new-tokens 4', '--accuracy-tasks none')} --windows 0 --out runs/data", cache="data")
+    outcome = machine.run(f"run --model lab --tasks gsm8k {FEW.replace('--evaluate-n 2 ', '').replace('--max-new-tokens 4 --windows 2 --window-tokens 64', '--accuracy-tasks none')} --windows 0 --out runs/data", cache="data")
     assert outcome.code == 2 and "--data-dir" in outcome.err and "status 503" in outcome.err, outcome.err
     assert "Traceback" not in outcome.err and "Retry" not in outcome.err
 

@@ -613,6 +613,18 @@ def test_a_name_that_nothing_can_take_is_refused_before_the_work(tmp_path, monke
     refuses("exists already|is a disk of its own", check_new_folder, Path("/proc"))
 
 
+def test_a_licence_goes_along_wherever_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(*load_model("lab"), "dense")
+    Path("dense/LICENSE").write_text("keep this")
+    model, tokenizer = load_model("dense")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    Path("new").mkdir()  # an empty one is taken
+    save_model(model, tokenizer, "new")
+    assert Path("new/LICENSE").read_text() == "keep this"
+
+
 @pytest.mark.parametrize("n", [0, MOST + 1])
 def test_a_number_of_problems_that_cannot_be_is_refused_before_a_training(n, tmp_path, monkeypatch):
     monkeypatch.setattr(lab, "train", lambda *given: pytest.fail("it was trained"))

@@ -14,6 +14,7 @@ import typer
 
 from conftest import ROOT
 from fixtures import counted, made_up_calibration, refuses, tiny_config, tiny_llama
+from proofs import factors_read
 from programs import assert_one_sentence, called as cap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -237,7 +238,7 @@ def test_planned_memory_is_within_15_percent_of_the_tensors_held(name, work):
     found = stage(load, {"scoring": "scoring", "cap": planning.THRESHOLD, "wanda": planning.WALK}.get(work, f"pruning by {work}"))
     factors = torch.ones(model.config.num_hidden_layers, model.config.num_attention_heads)
     some = [(layer, 0) for layer in range(model.config.num_hidden_layers)]  # every head's pass holds as much
-    held = peak(lambda: score_heads(model, calibration, 256, heads=some) if work == "scoring" else prune(model, work, 0.5, factors, calibration, batch_tokens=256))
+    held = peak(lambda: score_heads(model, calibration, 256, heads=some) if work == "scoring" else prune(model, work, 0.5, factors_read(work, factors), calibration, batch_tokens=256))
     assert 0.85 < at_once(found.memory) / held < 1.15
 
 
@@ -248,7 +249,7 @@ def test_the_memory_of_pruning_is_about_what_is_held(method, dtype):
     calibration = made_up_calibration(12, shortest=10, step=2, vocabulary=90)
     load = load_of(model, calibration, 200, str(dtype).removeprefix("torch."), methods=(method,))
     found = stage(load, f"pruning by {method}")
-    held = peak(lambda: prune(model, method, 0.5, torch.ones(2, 4), calibration, batch_tokens=200))
+    held = peak(lambda: prune(model, method, 0.5, factors_read(method, torch.ones(2, 4)), calibration, batch_tokens=200))
     assert 0.5 < held / at_once(found.memory) < 1.6
 
 

@@ -10,11 +10,12 @@ from typer.testing import CliRunner
 
 from programs import FEW, assert_one_sentence as refused, called as cap, output_of
 from cap_nb.command_line import app
+from cap_nb.core.errors import BadInput
 from cap_nb.core.registry import ADDED, PLUGINS
 from cap_nb.data.problems import TASKS, TEXTS
 from cap_nb.methods.attributions import ATTRIBUTIONS
 from cap_nb.methods.criteria import CRITERIA, OTHER_NAMES
-from cap_nb.jobs.plugins import plugins_loaded
+from cap_nb.jobs.plugins import load_plugin, plugins_loaded
 from cap_nb.jobs.records import read_run
 from cap_nb.methods.prune import ALLOCATIONS, OTHERS
 from cap_nb.models.choices import has_options
@@ -188,6 +189,25 @@ def test_a_package_beside_a_plugin_is_part_of_it(tmp_path):
     for name in [name for name in sys.modules if name.startswith("beside_it")]:
         del sys.modules[name]
     assert found[0] != found[1]
+
+
+def test_a_module_beside_a_plugin_is_the_plugins_own(tmp_path):
+    """One that changed is read anew; that of another plugin is not taken for it, and two of one name are refused."""
+    for folder, name in (("a", "p"), ("b", "q"), ("c", "r")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{name}.py").write_text("import helps_it\nx = helps_it.x\n")
+    p, q, r = (tmp_path / folder / f"{name}.py" for folder, name in (("a", "p"), ("b", "q"), ("c", "r")))
+    for x, plugin in ((1, p), (22, p), (333, q)):
+        (plugin.parent / "helps_it.py").write_text(f"x = {x}\n")
+        with plugins_loaded([plugin]):
+            assert sys.modules[f"cap_plugin_{plugin.stem}"].x == x
+    with plugins_loaded([p]):
+        with pytest.raises(BadInput, match="q.py and p.py each import a module helps_it"):
+            load_plugin(q)
+        with pytest.raises(BadInput, match="No module named 'helps_it'"):
+            load_plugin(r)
+        assert sys.modules["helps_it"].x == 22 and "cap_plugin_q" not in sys.modules
+        load_plugin(p)  # found as it was
 
 
 def test_another_plugin_in_the_folder_is_no_part_of_one(tmp_path):

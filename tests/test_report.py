@@ -69,6 +69,8 @@ def test_settings_become_options(run):
     settings = run.configuration | {"methods": ["wanda"], "sparsities": [0.5], "budget": 0.25}
     evaluation = settings["evaluation"] | {"max_new_tokens": {}, "windows": 0, "on": "validation"}
     command = command_of(settings | {"evaluation": evaluation, "calibration": settings["calibration"] | {"seed": 3, "n": 8}})
+    unread = settings | {"evaluation": evaluation | {"evaluate_n": 7, "window_tokens": 64}, "calibration": settings["calibration"] | {"seed": 3, "n": 8}}
+    assert command_of(unread) == command, "what nothing read is refused by cap run"
     assert command == ("cap run --model lab --dtype float32 --tasks lab-gsm8k,lab-strategyqa,lab-arc --style lab --n 8 --calibration-seed 3 "
                        "--methods wanda --sparsity 0.5 --budget 0.25 --accuracy-tasks none --windows 0 --evaluate-on validation")
 

@@ -12,6 +12,7 @@ import textwrap
 import time
 from dataclasses import replace
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from cap_nb.core.files import locked
 from cap_nb.methods.layer_walk import CLAIMS, losses_key
 from cap_nb.methods import resumed_scoring
 from cap_nb.methods.resumed_scoring import OWNER, Request, help_scoring, make_plan, score_heads, shared_prefix
-from cap_nb.methods.screening import PartialLosses, Screening, by_task, first_counts, in_rounds, read_scores, save_partial, screen_heads, share_spent
+from cap_nb.methods.screening import PartialLosses, Screening, by_task, first_counts, in_rounds, rank_weights, read_scores, save_partial, screen_heads, share_spent
 from cap_nb.scoring import HeadLosses, causal_scores, score_heads_naive, score_interval, split_half_reliability
 from tools.benchmarks.processes import free_port
 
@@ -332,7 +333,28 @@ def test_a_model_that_is_spread_over_memory_and_disk_scores_the_same(tmp_path):
     assert torch.equal(one.masked, other.masked) and torch.equal(one.intact, other.intact) and one.meta == other.meta
 
 
+def test_memory_that_runs_out_is_told_as_such_of_a_model_that_is_offloaded():
+    from accelerate import cpu_offload
+
+    spread, gone = cpu_offload(tiny_llama()), patch.object(resumed_scoring, "make_plan", side_effect=RuntimeError("CUDA out of memory"))
+    with gone, pytest.raises(RuntimeError, match="CUDA out of memory"):
+        score_heads(spread, with_prefix(4))
+
+
 # ---- how far scores can be trusted ----
+def test_tables_are_made_where_they_lie_whatever_torch_s_default_device_is():
+    table = table_of(torch.rand(2, 2, 6, device="cpu", generator=torch.Generator().manual_seed(0)))
+    wanted = [causal_scores(table), *score_interval(table, "mean", draws=5), split_half_reliability(table, splits=2)]
+    with torch.device("meta"):
+        found = [causal_scores(table), *score_interval(table, "mean", draws=5), split_half_reliability(table, splits=2)]
+    assert all(torch.equal(a, b) for a, b in zip(wanted[:3], found)) and wanted[3] == found[3]
+    assert table == table and table != replace(table) and hash(table)  # by what it is, not by what it holds
+
+
+def test_one_score_has_no_rank_to_gain():
+    assert rank_weights(torch.ones(1).double(), torch.ones(1).double()).tolist() == [0.0]
+
+
 def table_of(rise):
     """A table of one task and one subset, float64 [L, H, N]."""
     count = rise.shape[-1]

@@ -17,7 +17,7 @@ from cap_nb.models.replay import attention_of
 from cap_nb.regions import region_factors
 from cap_nb.scoring import batches_of
 from fixtures import refuses
-from proofs import random_examples, TINY_MODELS, tiny_calibration, tiny_factors, tiny_model
+from proofs import factors_read, random_examples, TINY_MODELS, tiny_calibration, tiny_factors, tiny_model
 
 LEVELS = (0.3, 0.6)
 
@@ -139,7 +139,7 @@ def test_apart_is_attention_first():
 def test_solvers_prune_every_layout(name, method):
     """The share is met but for rounding within rows, no weight is NaN, and no hook is left."""
     model, calibration = tiny_model(name), tiny_calibration()
-    report = prune(model, method, 0.5, tiny_factors(model), calibration)
+    report = prune(model, method, 0.5, factors_read(method, tiny_factors(model)), calibration)
     assert report.method == method and abs(report.reached - 0.5) < 0.005, report.reached
     assert all(p.weight.isfinite().all() for p in projections(model))
     assert not sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
@@ -192,3 +192,12 @@ def test_targets_are_those_of_whole_passes():
             assert torch.equal(target, own) == (step.index == 0)
         for p in step.projections:
             p.weight[:, ::2] = 0
+
+
+def test_masks_of_the_dense_model_leave_it_dense_where_they_fail():
+    """A weight of the last layer is no number, which is found after the layers before it were pruned."""
+    model = tiny_model("llama")
+    projections(model)[-1].weight.data[0, 0] = torch.nan
+    before = [p.clone() for p in model.parameters()]
+    refuses("not finite", prune, model, "magnitude@row^update", 0.5, calibration=tiny_calibration())
+    assert all(torch.equal(p.nan_to_num(), q.nan_to_num()) for p, q in zip(model.parameters(), before))

@@ -35,7 +35,7 @@ from cap_nb.methods.selection import CAP, Measurements, scores_of, zero_within
 from cap_nb.methods.update import joint_update
 from cap_nb.single_steps import prune_into
 from cap_nb.threshold import prune_report
-from proofs import TINY_MODELS, tiny_calibration, tiny_model
+from proofs import TINY_MODELS, factors_read, tiny_calibration, tiny_model
 
 IDS = torch.arange(12)[None]
 
@@ -105,8 +105,9 @@ def test_measured_norms_give_what_prune_gives(tmp_path, method):
     model = load(src)
     calibration = made_up_calibration(5, shortest=8, k=1, step=0, prompt=3)
     save_norms(dense_norms(model, calibration), tmp_path / "norms.safetensors")
-    wanted = prune(model, method, 0.4, factors_of(src), calibration)
-    assert prune_checkpoint(src, tmp_path / "new", 0.4, factors_of(src), method, tmp_path / "norms.safetensors") == wanted
+    factors = factors_read(method, factors_of(src))
+    wanted = prune(model, method, 0.4, factors, calibration)
+    assert prune_checkpoint(src, tmp_path / "new", 0.4, factors, method, tmp_path / "norms.safetensors") == wanted
     same(tmp_path / "new", model, tmp_path)
 
 
@@ -158,10 +159,11 @@ def test_the_size_of_a_piece_does_not_matter(tmp_path, at_once):
 @pytest.mark.parametrize("method", ["cap", "magnitude@layer"])
 def test_counted_magnitudes_and_counted_scores_give_the_same(tmp_path, monkeypatch, dtype, method):
     src = saved(tmp_path / "src", dtype)
-    counted = prune_checkpoint(src, tmp_path / "counted", 0.4, factors_of(src), method)
+    factors = factors_read(method, factors_of(src))
+    counted = prune_checkpoint(src, tmp_path / "counted", 0.4, factors, method)
     monkeypatch.setattr(streaming, "REGIONS_AT_MOST", 0)
     monkeypatch.setattr(streaming, "counted_threshold", None)  # nothing may call it
-    assert prune_checkpoint(src, tmp_path / "scored", 0.4, factors_of(src), method) == counted
+    assert prune_checkpoint(src, tmp_path / "scored", 0.4, factors, method) == counted
     assert files_of(tmp_path / "scored") == files_of(tmp_path / "counted")
 
 

@@ -51,7 +51,7 @@ from fixtures import tiny_llama
 from programs import as_nobody, cap, finished
 
 RECORD = Path(__file__).resolve().parent.parent / "figures" / "bad_input" / "uses.json"
-FEW = "--n 3 --k 1 --evaluate-n 2 --loss-n 2 --windows 0 --accuracy-tasks none --device cpu"
+FEW = "--n 3 --k 1 --loss-n 2 --windows 0 --accuracy-tasks none --device cpu"
 FEW_EXAMPLES = "--n 3 --k 1 --device cpu"
 RUN, PRUNE, EVAL = f"run {FEW} --out PLACE/new", "prune --out PLACE/new", "eval --out PLACE/new"
 
@@ -164,10 +164,11 @@ COMMANDS = {
         "--method wanda^swaps --stream --model PLACE/model --hessians PLACE/folder --norms PLACE/file.txt",
         "--method wanda --text-tokens 64", "--method wanda --key-value max", "--method wanda --aggregation paired", "--recipe best-mask --chain-rule right,solved=0.25-0.75", "--recipe best-mask --key-value max",
         "--recipe one-shot --method magnitude", "--recipe one-shot --method cap", "--method magnitude --stream --model PLACE/model --n 64",
-        "--method magnitude --text-share 0.25", "--method cap --scores PLACE/scores.safetensors --tasks lab-gsm8k")]
+        "--method magnitude --text-share 0.25", "--method magnitude --batch-tokens 64", "--method magnitude --seed 7", "--method cap --scores PLACE/scores.safetensors --tasks lab-gsm8k")]
     + [f"{EVAL} --device cpu --window-tokens 513"] + [f"{EVAL} --harness cap_lab_gsm8k {options}" for options in ("--shots 8", "--scores PLACE/nothing", "--windows 3")]
     + [f"{EVAL} --harness none", f"{EVAL} --harness gsm8k --max-new-tokens 9", "claims --variants none --out PLACE/new", "claims --tasks lab-arc --n 8 --out PLACE/new",
-       f"{EVAL} --device cpu --accuracy-tasks none --max-new-tokens 64"]
+       f"{EVAL} --device cpu --accuracy-tasks none --max-new-tokens 64", f"{EVAL} --device cpu --accuracy-tasks none --evaluate-n 50",
+       f"{EVAL} --device cpu --windows 0 --text lab-text", f"{EVAL} --device cpu --windows 0 --window-tokens 64"]
     + [f"{RUN} {options}" for options in ("--methods wanda --score-target divergence", "--methods wanda --aggregation paired", "--max-new-tokens 64", "--shots 4", "--samples 4 --temperature 0.6", "--text-tokens 64")]
     + ["shrink --score-target divergence --out PLACE/new", "shrink --aggregation paired --out PLACE/new", "chains --tries 1 --chain-rule right,solved=0.25-0.75 --out PLACE/new.jsonl",
        "chains --tries 1 --temperature 1 --out PLACE/new.jsonl", "eval --spare gsm8k_fresh --accuracy-tasks lab-arc"],

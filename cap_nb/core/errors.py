@@ -194,7 +194,8 @@ import errno
 def check_computable(value: object, what: str, name: str) -> None:
     "Raise `BadInput` for what has no numbers, for a model that predicts no tokens, and for what is no tokenizer."
     module = hasattr(value, "named_parameters") and not isinstance(value, type)
-    if any(getattr(tensor, "is_meta", False) is True for tensor in (value.parameters() if module else (value,))):
+    tensors = tuple(value.parameters()) if module else (value,) # of a model that is offloaded, some have none here
+    if tensors and all(getattr(tensor, "is_meta", False) is True for tensor in tensors):
         raise BadInput(f"{what} is on the device meta and has no numbers: expected some; load it on another device.")
     kind = type(value).__name__
     if name == "tokenizer" and value is not None and not callable(getattr(value, "get_vocab", None)):
@@ -266,7 +267,7 @@ def validate_arguments(function: F) -> F:
         except Exception as error:
             if isinstance(error, OSError) and error.errno in WANTED and isinstance(error.filename, str):
                 raise BadInput(refused_path(error)) from error
-            for argument, value in bound.arguments.items():
+            for argument, value in bound.arguments.items() if not lacks_memory(error) else ():
                 check_computable(value, f"{argument} of {function.__name__}()", argument)
             raise
         finally: INSIDE.reset(outermost)

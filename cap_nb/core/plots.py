@@ -186,7 +186,7 @@ import torch
 def draw_scores(axis: Axes, scores: torch.Tensor, taus: Sequence[float], edges: torch.Tensor) -> None:
     "The scores of one group: dark what the first threshold takes, lighter what the next ones take."
     height = torch.histogram(scores.float(), edges).hist / len(scores) / edges.log10().diff()
-    cuts = [0, *torch.searchsorted(edges, torch.tensor(taus)).tolist(), len(height)]
+    cuts = [0, *torch.searchsorted(edges, torch.tensor(taus).to(edges)).tolist(), len(height)]
     for shade, start, stop in zip(np.linspace(0.3, 1, len(cuts) - 1), cuts, cuts[1:]):
         axis.stairs(height[start:stop], edges[start:stop + 1], fill=True, color=f"{shade:.2f}")
     axis.stairs(height, edges, color="black", linewidth=0.8)
@@ -215,9 +215,14 @@ def plot_threshold(
         raise BadInput(f"The scores have shape {list(scores.shape)} and the factors {list(factors.shape)}, or some "
                        "score or tau is not finite: expected one score and one factor for every weight; give tensors.")
     groups = factors.unique()
+    names = [f"I = {group:g}" for group in groups] if names is None else names
+    if len(names) != len(groups):
+        raise BadInput(f"{len(names)} names were given for {len(groups)} groups: expected one for each; give as many, "
+                       "or none.")
     figure, panels = blank_figure(len(groups), 1, (7, 0.6 + 0.9 * len(groups)))
-    edges = torch.cat([scores.max() * torch.logspace(-4, 0, bins + 1), torch.tensor(taus)]).unique()
-    for axis, group, name in zip(panels[:, 0], groups, names or [f"I = {group:g}" for group in groups]):
+    powers = torch.logspace(-4, 0, bins + 1, dtype=torch.float32, device="cpu")
+    edges = torch.cat([scores.max() * powers, torch.tensor(taus).to(powers)]).unique()
+    for axis, group, name in zip(panels[:, 0], groups, names):
         draw_scores(axis, scores[factors == group], taus, edges)
         axis.set_ylabel(name, rotation=0, ha="right", va="center")
         axis.tick_params(labelbottom=axis is panels[-1, 0])

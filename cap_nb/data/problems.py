@@ -11,7 +11,7 @@ import unicodedata
 from dataclasses import dataclass, replace
 from functools import cached_property
 from ..core.errors import BadInput, check_choice, validate_arguments
-from ..core.files import read_text, rows_of_parquet, sha256_of_text
+from ..core.files import read_text, rows_of_parquet, sha256_of_file, sha256_of_text
 from ..core.registry import TASKS
 from .lab_world import as_drawn, lab_records, lab_text
 
@@ -328,7 +328,7 @@ def from_hub(name: str, configuration: str | None, revision: str, split: str) ->
 
 # %% ../../nbs/data/02_problems.ipynb #c047
 @functools.cache
-def copied_records(path: Path) -> list[dict]:
+def copied_records(path: Path, sha256: str) -> list[dict]: # Of what the file holds now
     return changed_records(records_of_file(path))
 
 def source_records(name: str, split: str, data_dir: str | Path | None) -> list[dict]:
@@ -342,7 +342,7 @@ def source_records(name: str, split: str, data_dir: str | Path | None) -> list[d
                        "--accuracy-tasks, and calibrate and choose on others.")
     if data_dir is not None:
         path = benchmark_file(task, split, Path(data_dir))
-        return copied_records(path) if task.changed else records_of_file(path)
+        return copied_records(path, sha256_of_file(path)) if task.changed else records_of_file(path)
     records = [record for part in task.splits[split].split("+") for record in from_hub(*task.hub, part)]
     return task.changed(records) if task.changed else records
 

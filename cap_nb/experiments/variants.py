@@ -114,7 +114,7 @@ def even_tasks(losses: HeadLosses) -> HeadLosses: # The same, without unit
 def bootstrap_scores(losses: HeadLosses, draws: int = 200, seed: int = 0) -> torch.Tensor:
     "Median masked loss over bootstrap resamples less their mean intact loss: paper equation 2 with other subsets."
     rng, n = torch.Generator().manual_seed(seed), len(losses.intact)
-    drawn = [torch.randint(n, (n,), generator=rng) for _ in range(draws)]
+    drawn = [torch.randint(n, (n,), device="cpu", generator=rng) for _ in range(draws)]
     weights = torch.stack([torch.bincount(indices, minlength=n) for indices in drawn]).double() / n # [draws, N]
     return (losses.masked @ weights.T).quantile(0.5, dim=-1) - (weights @ losses.intact).mean()
 
@@ -128,7 +128,7 @@ def variant_scores(losses: HeadLosses, variant: Variant) -> torch.Tensor: # Scor
 def permuted_factors(factors: torch.Tensor, seed: int, in_layers: bool = False) -> torch.Tensor:
     "The control: factors permuted over all heads, or over the heads of each layer."
     rng, rows = torch.Generator().manual_seed(seed), factors if in_layers else factors.view(1, -1)
-    orders = torch.stack([torch.randperm(rows.shape[1], generator=rng) for _ in rows])
+    orders = torch.stack([torch.randperm(rows.shape[1], device="cpu", generator=rng) for _ in rows])
     return rows.gather(1, orders).view_as(factors)
 
 def variant_factors(losses: HeadLosses, variant: Variant) -> torch.Tensor: # Importance factor of every head, [L, H]

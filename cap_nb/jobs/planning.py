@@ -477,7 +477,7 @@ def timed_rates(sizes: Sizes, device: str | torch.device | None = None, dtype: s
     full, single = (torch.ones(shape, dtype=torch.int64, device=device) for shape in ((batch.rows, width), (1, 1)))
     whole, least = (seconds_of(lambda ids=ids: model(input_ids=ids, use_cache=False), device) for ids in (full, single))
     side = 1024 if module_of(device) is None else 8192 # a small product keeps a GPU waiting for its launch
-    square = torch.rand(side, side, device=device)
+    square = torch.rand(side, side, dtype=torch.float32, device=device)
     single = 2 * side**3 / seconds_of(lambda: square @ square, device) / 1e12 if dtype != torch.float32 else None
     return Rates(memory=free / 1e9, peak=flops_of(one_pass([batch]), layer) / whole / 1e12, single=single,
                  bandwidth=layer.met * dtype.itemsize / least / 1e9, timed=True,

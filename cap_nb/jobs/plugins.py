@@ -216,7 +216,7 @@ def executed(path: Path, text: bytes) -> None:
     finally: sys.path.remove(beside)
 
 # %% ../../nbs/jobs/09_plugins.ipynb #c074
-def helpers_of(path: Path) -> list[Path]: # In the order of their names
+def modules_beside(path: Path) -> dict[str, Path]: # Name -> file
     "The modules beside a plugin, and of packages beside it, that are imported, by it or by anyone."
     modules = [(name, Path(module.__file__)) for name, module in list(sys.modules.items())
                if getattr(module, "__file__", None)]
@@ -224,7 +224,30 @@ def helpers_of(path: Path) -> list[Path]: # In the order of their names
         if name == module_name(file) or file == path or not file.is_relative_to(path.parent): return False
         top = file.relative_to(path.parent).parts[0]
         return top == file.name or top == name.partition(".")[0] != "cap_nb"
-    return sorted({file for name, file in modules if beside(name, file)})
+    return {name: file for name, file in modules if beside(name, file)}
+
+def helpers_of(path: Path) -> list[Path]: # In the order of their names
+    return sorted(set(modules_beside(path).values()))
+
+HELPERS: dict[str, Path] = {} # Name of a module beside a plugin -> the plugin that imported it
+
+@contextmanager
+def own_helpers(path: Path) -> Iterator[None]:
+    "While a plugin is executed, what it imports from beside it is read anew, and is not what lies beside another one."
+    for name in [name for name, plugin in HELPERS.items() if plugin.name not in PLUGINS]: # that one counts no more
+        sys.modules.pop(name, None)
+        del HELPERS[name]
+    others = {name for name, plugin in HELPERS.items() if plugin.parent != path.parent} & set(sys.modules)
+    aside = {name: sys.modules.pop(name) for name in others}
+    before = set(sys.modules)
+    try: yield
+    finally:
+        own = modules_beside(path).keys() - before
+        HELPERS.update(dict.fromkeys(own - others, path))
+        sys.modules.update(aside)
+    for name in own & others: # Python keeps one module of a name
+        raise BadInput(f"{path.name} and {HELPERS[name].name} each import a module {name} from beside them: expected "
+                       "one of that name; rename one.")
 
 def code_hash(text: bytes, helpers: Sequence[Path]) -> str: # 64 hexadecimal digits
     "SHA-256 of a plugin and of the modules beside it; of a plugin alone that of its file."
@@ -244,8 +267,10 @@ def load_plugin(path: str | Path) -> None:
         raise BadInput(f"Two plugins are called {path.name} and differ: expected one, since a run records them by "
                        "name; rename one.")
     LOADING.append(path)
-    try: executed(path, text)
+    try:
+        with own_helpers(path): executed(path, text)
     except BadInput:
+        sys.modules.pop(module_name(path), None)
         take_back(before)
         raise
     finally: LOADING.pop()

@@ -265,6 +265,8 @@ def command_of(configuration: Mapping) -> str: # As in "cap run --model lab --n 
         accuracy_tasks=None if {*answered} == {*data["tasks"]} else answered,
         calibrate_on="CHAINS" if data.get("on") == "chains" else data.get("on", "gold"))
     usual = values_of(Job()) | {"name": None}
+    if not answered: usual["evaluate_n"] = job.evaluate.evaluate_n # not read, so not to be given
+    if not job.evaluate.windows: usual["window_tokens"] = job.evaluate.window_tokens
     words = [f"{option_of(name)} {shlex.quote(option_text(value))}" for name, value in values_of(job).items()
              if value is not None and value != usual[name]]
     return " ".join(["cap run", *words, *["--plugin FILE"] * len(configuration.get("plugins", {}))])

@@ -135,7 +135,7 @@ def check_cells(runs: Mapping[str, Run], methods: Sequence[str] | None, against:
     first, *others = (run.evaluations for run in runs.values())
     there = [e for run in (others or [first]) for e in run]
     for method in methods or (): check_choice(method, dict.fromkeys(e.method for e in there), "method of these runs")
-    for sparsity in sparsities or ():
+    for sparsity in () if sparsities is None else sparsities:
         check_choice(f"{sparsity}", dict.fromkeys(f"{e.sparsity}" for e in there), "sparsity of these runs")
     if against is not None:
         check_choice(against, dict.fromkeys(e.method for e in first), f"method of {next(iter(runs))}")

@@ -125,7 +125,7 @@ def donors(count: int, seed: int = 0) -> list[int]: # For each example, the inde
     if count < 2:
         raise BadInput(f"Resampling was asked for with {count} example: expected at least 2, so that one can stand in "
                        "for another; give more.")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(count, device="cpu", generator=torch.Generator().manual_seed(seed)).tolist()
     return [follower for _, follower in sorted(zip(order, order[1:] + order[:1]))]
 
 def resample_ablation(model: nn.Module, calibration: Calibration, batch_tokens: int = 4096,
@@ -152,13 +152,14 @@ def some_examples(calibration: Calibration, indices: Sequence[int]) -> Calibrati
 def task_indices(task: tuple[str, ...]) -> torch.Tensor: # int64 [N]
     "The index of each example's task, by first appearance."
     names = list(dict.fromkeys(task))
-    return torch.tensor([names.index(name) for name in task])
+    return torch.tensor([names.index(name) for name in task], device="cpu")
 
 def fit_steps(count: int, fit: object) -> Iterator[tuple[list[int], float]]:
     "For each step of a fit to `count` examples, the indices of those it sees, and the learning rate."
     rng, queue, (first, last) = torch.Generator().manual_seed(fit.seed), [], fit.rates
     for step in tqdm(range(fit.steps), desc="fitting", unit="step"):
-        while len(queue) < min(fit.examples, count): queue += torch.randperm(count, generator=rng).tolist()
+        while len(queue) < min(fit.examples, count):
+            queue += torch.randperm(count, device="cpu", generator=rng).tolist()
         yield queue[:fit.examples], first + (last - first) * step / max(1, fit.steps - 1)
         queue = queue[fit.examples:]
 
@@ -205,7 +206,7 @@ def head_gates(model: nn.Module, calibration: Calibration, fit: GateFit = GateFi
     "Soft gates on all heads fitted together (Causal Head Gating, Nam et al. 2025, equation 1)."
     if start is None: # uniform random
         a, rng = anatomy(model), torch.Generator().manual_seed(fit.seed)
-        start = torch.rand(a.layers, a.heads, dtype=torch.float64, generator=rng)
+        start = torch.rand(a.layers, a.heads, dtype=torch.float64, device="cpu", generator=rng)
     logits = torch.logit(start.detach().double().cpu(), eps=1e-6)
     logits.requires_grad_()
     weight = fit.regularisation * PUSHES[check_choice(fit.push, PUSHES, "push")]

@@ -47,7 +47,7 @@ def gradient_score(e: Evidence) -> torch.Tensor: # [out, in]
 def random_score(e: Evidence) -> torch.Tensor: # [out, in]
     "Uniform random scores, which depend on the seed and the index of the projection but not on the device."
     rng = torch.Generator().manual_seed((1_000_003 * e.seed + e.index) % 2**63)
-    return torch.rand(e.weight.shape, generator=rng).to(e.weight.device)
+    return torch.rand(e.weight.shape, dtype=torch.float32, device="cpu", generator=rng).to(e.weight.device)
 
 CAP_WANDA = Criterion(name="cap_wanda", score=cap_wanda_score, needs=("norm", "factor"), source="Wanda and the paper",
                       says="|W| times the norm of its input times the importance of its head")
@@ -158,7 +158,7 @@ MEASURES = {"gradient": loss_gradients, "path_gradient": path_gradients, "releva
 def dense_norms(
     model: nn.Module, # A causal language model of a known family, in evaluation mode; not changed
     calibration: Calibration, # The calibration set
-    batch_tokens: int = 4096, # Padded tokens per batch
+    batch_tokens: int = 4096, # Padded tokens per batch; on a processor at most 1,024 are taken
 ) -> dict[str, torch.Tensor]: # Module name -> root of (sum of squares over tokens / examples), float32 [in]
     "The input norms of every projection of the model as it is (Sun et al. 2024, without their layer-by-layer order)."
     steps = layer_by_layer(model, calibration, batch_tokens, "norms", still=True)

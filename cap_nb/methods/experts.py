@@ -148,7 +148,7 @@ def expert_losses(model: nn.Module, calibration: Calibration, batch_tokens: int 
     return head_losses(model, calibration, masked, intact, batch_tokens)
 
 # %% ../../nbs/methods/21_experts.ipynb #e21f0003
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class UnitFactors(Factors):
     "The importance factors of a model's heads, and of its experts or neurons."
     experts: torch.Tensor | None = None # Of every routed expert, [L, E]; None: their layer's mean

@@ -64,7 +64,7 @@ def neuron_estimates(model: nn.Module, calibration: Calibration, batch_tokens: i
                      signed: bool = True) -> torch.Tensor: # float64 [L, M] or [L, E, M]
     "Estimated rise of the mean loss, in nats, with each neuron masked, or without a sign its mean size an example."
     table, downs = neuron_table(model), neuron_projections(projections(model))
-    tokens = batch_tokens if signed else 1
+    tokens = batch_tokens if signed else 1 # whatever is given: a size is of one example
     for p in downs: table[place_of(p)] = 0
     with wanting_gradients(downs):
         for _, batch in batches_of(calibration.examples, tokens, model):

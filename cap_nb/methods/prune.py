@@ -321,9 +321,11 @@ Masks = Callable[[Projection], torch.Tensor] # Which weights of a projection go,
 def dense_masks(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs) -> Masks:
     "Where a criterion sets the dense model's weights to zero; holds a copy of the weights meanwhile."
     dense = {p.name: p.weight.detach().clone() for p in projections(model)}
-    prune_by(model, parts.base, sparsity, parts.scope, inputs)
-    masks = {p.name: p.weight == 0 for p in projections(model)}
-    for p in projections(model): p.weight.copy_(dense[p.name])
+    try:
+        prune_by(model, parts.base, sparsity, parts.scope, inputs)
+        masks = {p.name: p.weight == 0 for p in projections(model)}
+    finally:
+        for p in projections(model): p.weight.copy_(dense[p.name])
     return lambda p: masks[p.name]
 
 def by_masks(mask_of: Masks) -> LayerSolver:
@@ -418,6 +420,12 @@ def prune_with(model: nn.Module, method: str, sparsity: float, inputs: Inputs) -
         inputs = replace(inputs, shares=ALLOCATIONS[parts.allocation].shares(model, inputs, sparsity))
     return replace(apply_method(model, parts, sparsity, inputs), method=method)
 
+def check_factors_read(method: str, factors: Factors | torch.Tensor | None) -> None:
+    "Refuse factors that a method does not read, with `BadInput`."
+    if factors is None or "factors" in needs_of(check_method(method)): return
+    raise BadInput(f"Importance factors were given for {method!r}, which reads none: expected a method that does, as "
+                   "cap, cap_wanda, heads or wanda+causal; name one, or leave them out.")
+
 # %% ../../nbs/methods/24_prune.ipynb #c044
 @validate_arguments
 def prune(
@@ -427,10 +435,11 @@ def prune(
     factors: Factors | torch.Tensor | None = None, # Used as given, a tensor [L, H]; None: those of a named attribution
     calibration: Calibration | None = None, # The calibration set, for methods that need data
     ties: str = "exact", # "exact", or "all" for the paper's plain <=; rows, patterns and solvers are always exact
-    batch_tokens: int = 4096, # Padded tokens per batch
+    batch_tokens: int = 4096, # Padded tokens per batch, or fewer: a walk on a processor takes 1,024, `rgs` one example
     seed: int = 0, # Seed of random scores, of block reconstruction and of the examples of `+kl`
 ) -> PruneReport: # What was done
-    "Prune a model in place by any method; an unknown method, a wrong sparsity or a missing input raises `BadInput`."
+    "Prune a model in place; a wrong method, sparsity or input raises `BadInput`; if it came in the middle, load anew."
+    check_factors_read(method, factors)
     inputs = Inputs(factors=factors, calibration=calibration, ties=ties, batch_tokens=batch_tokens, seed=seed)
     return prune_with(model, method, sparsity, inputs)
 

@@ -30,7 +30,7 @@ from cap_nb.models.loading import model_fingerprint
 from cap_nb.scoring import causal_scores, head_losses, HeadLosses, token_counts
 
 # %% ../../nbs/methods/28_screening.ipynb #c010
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PartialLosses:
     "Losses of a calibration set with heads masked on some examples, and a first-order estimate for all."
     losses: HeadLosses # Its masked losses are NaN where nothing was measured
@@ -100,7 +100,8 @@ def places(task: torch.Tensor, seed: int) -> torch.Tensor: # int64 [N]
     rng, place = torch.Generator().manual_seed(seed), torch.zeros_like(task)
     for index in range(int(task.max()) + 1):
         members = (task == index).nonzero()[:, 0]
-        place[members[torch.randperm(len(members), generator=rng)]] = torch.arange(len(members))
+        order = torch.randperm(len(members), device="cpu", generator=rng)
+        place[members[order]] = torch.arange(len(members), device="cpu")
     return place
 
 def prefixes(counts: torch.Tensor, task: torch.Tensor, place: torch.Tensor) -> torch.Tensor: # Bool [L, H, N]
@@ -127,7 +128,7 @@ def rank_weights(scores: torch.Tensor, variance: torch.Tensor) -> torch.Tensor: 
     count, width = len(scores), (variance[:, None] + variance).clamp_min(1e-300).sqrt()
     density = torch.exp(-(((scores[:, None] - scores) / width) ** 2) / 2) / (width * (2 * torch.pi) ** 0.5)
     others = (density.sum(1) - density.diagonal()) ** 2
-    return 6 * others / (count**3 - count) / RANK_GOAL
+    return 6 * others / max(1, count**3 - count) / RANK_GOAL # of one score alone there is no rank
 
 # %% ../../nbs/methods/28_screening.ipynb #c028
 BLOCKS = 32 # Into how many blocks the examples of a task are cut

@@ -29,7 +29,8 @@ from cap_nb.methods.criteria import check_inputs, CRITERIA, Inputs
 from cap_nb.methods.layer_walk import advanced, layer_by_layer
 from cap_nb.methods.neurons import UNIT_AWARE
 from cap_nb.methods.prune import (
-    check_method, FORMS, laid_out, matrix_solver, MethodName, own_scope, recovered_weight, recovery_steps, SOLVERS)
+    check_factors_read, check_method, FORMS, laid_out, matrix_solver, MethodName, own_scope, recovered_weight,
+    recovery_steps, SOLVERS)
 from cap_nb.methods.selection import (
     check_pattern, check_pattern_fits, competing, Evidence, find_threshold, Measurements, pattern_of,
     smallest_in_groups, smallest_in_rows, Take, Threshold, tie_selector, TIES)
@@ -410,6 +411,7 @@ def prune_checkpoint(
 ) -> PruneReport: # What was done; norms of the dense model give other zeros than `prune`'s walk, but for @model
     "Prune a checkpoint without loading it (paper 3.3 and 3.4); every mistake raises `BadInput` and leaves no folder."
     parts, checkpoint = check_streamed(method, sparsity, ties), open_checkpoint(src)
+    check_factors_read(method, factors)
     measured = measurements_for(checkpoint, method, factors, norms)
     with pruned_copy(checkpoint, dst) as part:
         zeros, reached = write_pruned(checkpoint, part, parts, sparsity, measured, ties, at_once)

@@ -111,7 +111,8 @@ def slopes_of(value: torch.Tensor, scope: Sequence[Projection],
 
 def regional_gradients(step: LayerStep) -> dict[str, torch.Tensor]: # Module name -> float32 [out, in]
     "The gradient of the norm of a layer's output, root mean square over sequences (Yang et al. 2025)."
-    totals = {p.name: torch.zeros(p.weight.shape, device=p.weight.device) for p in step.projections}
+    totals = {p.name: torch.zeros(p.weight.shape, dtype=torch.float32, device=p.weight.device)
+              for p in step.projections}
     with wanting_gradients(step.projections):
         for batch in step.batches:
             output = run_layer(step.layer, batch.hidden, batch.calls[step.index])

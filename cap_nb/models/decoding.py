@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from cap_nb.core.devices import memory_of
-from cap_nb.core.errors import BadInput, check_at_least, check_choice, imported, validate_arguments
+from cap_nb.core.errors import as_list, BadInput, check_at_least, check_choice, imported, validate_arguments
 from cap_nb.models.anatomy import check_tokens, context_of
 from cap_nb.models.loading import save_model
 from cap_nb.models.replay import cache_argument
@@ -247,14 +247,15 @@ def check_room(model: torch.nn.Module, prompts: Sequence[Sequence[int]], max_new
 def generate_by(model: torch.nn.Module, tokenizer: object, prompts: Sequence[Sequence[int]], max_new_tokens: int,
                 line: re.Pattern | None, decoding: Decoding, choose: Chooser) -> list[Generation]:
     "Decode many prompts, the longest expected answer first; too little room in the context raises `BadInput`."
+    prompts, lengths = list(map(as_list, prompts)), as_list(decoding.expected) # of arrays and tensors
     check_at_least(max_new_tokens, 1, "max_new_tokens")
     check_room(model, prompts, max_new_tokens)
-    if decoding.expected and len(decoding.expected) != len(prompts):
-        raise BadInput(f"{len(decoding.expected)} lengths are expected of {len(prompts)} answers: expected one for "
+    if lengths and len(lengths) != len(prompts):
+        raise BadInput(f"{len(lengths)} lengths are expected of {len(prompts)} answers: expected one for "
                        "each; give as many, or none.")
     written = [None] * len(prompts)
     if not prompts: return written
-    lengths = decoding.expected or [len(prompt) for prompt in prompts]
+    if not lengths: lengths = [len(prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda index: -lengths[index])
     slots = Slots(model, longest=max(map(len, prompts)), max_new_tokens=max_new_tokens,
                   budget=decoding.batch_tokens, most=len(prompts))
@@ -334,7 +335,7 @@ def generate_with_vllm(held: HeldModel, tokenizer: object, prompts: Sequence[Seq
                        line: re.Pattern | None = None, draws: Sequence[dict] = ({"temperature": 0.0},)
                        ) -> list[Generation]:
     "Decoding by vLLM (Kwon et al., 2023), greedy, or with settings for each prompt."
-    vllm, stop = imported_vllm(), stop_tokens(held.model, tokenizer)
+    vllm, stop, prompts = imported_vllm(), stop_tokens(held.model, tokenizer), list(map(as_list, prompts))
     check_at_least(max_new_tokens, 1, "max_new_tokens")
     check_room(held.model, prompts, max_new_tokens)
     if not prompts: return []

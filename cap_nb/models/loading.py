@@ -163,7 +163,7 @@ def save_model(
     tokenizer: object | None, # Its tokenizer; None saves the model alone
     folder: str | Path, # New folder
 ) -> None:
-    "Save model and tokenizer in safetensors shards of at most 4 GB (paper 3.4); an existing folder raises `BadInput`."
+    "Save model and tokenizer in safetensors shards of at most 4 GB (paper 3.4); a folder that is not empty is refused."
     with whole_folder(folder) as part:
         with patch.object(GenerationConfig, "validate", lambda *_, **__: None): # settings are kept, not judged
             model.save_pretrained(part, max_shard_size="4GB")
@@ -362,7 +362,7 @@ def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | 
             model = nothing_made_up(folder, AutoModelForCausalLM.from_pretrained(
                 str(folder), use_safetensors=True, trust_remote_code=False, dtype=dtype or stored_dtype(folder),
                 **options))
-        model.loaded_from = folder
+        model.loaded_from = folder.resolve() # found after a chdir too
         model.config.return_dict = True # the form of what a model returns, not its content
         tokenizer = load_tokenizer(str(folder))
     anatomy(model) # what a family lacks is no damage of the folder

@@ -100,7 +100,7 @@ def held_zeros(
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #c031
 class HeldZeros(TrainerCallback):
-    "Hold a pruned model's zeros while a Trainer of transformers trains it."
+    "Hold a pruned model's zeros while a Trainer trains it; after a training that raised, call `on_train_end`."
     def __init__(self) -> None:
         "Nothing is held yet."
         self.stack: ExitStack = ExitStack() # What is to be undone
@@ -175,9 +175,10 @@ class MaskedLowRank(nn.Module):
         "Matrices for a weight [..., out, in]; the first change is nothing."
         super().__init__()
         *stack, rows, columns = weight.shape
-        down = torch.randn(*stack, rank, columns, generator=rng) / columns**0.5
+        down = torch.randn(*stack, rank, columns, dtype=torch.float32, device="cpu", generator=rng) / columns**0.5
         self.down = nn.Parameter(down.to(weight.device)) # A, float32 [..., rank, in]
-        self.up = nn.Parameter(torch.zeros(*stack, rows, rank, device=weight.device)) # B, float32 [..., out, rank]
+        up = torch.zeros(*stack, rows, rank, dtype=torch.float32, device=weight.device)
+        self.up = nn.Parameter(up) # B, float32 [..., out, rank]
         self.register_buffer("zeros", weight.detach() == 0, persistent=False)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:

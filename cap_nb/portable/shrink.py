@@ -132,7 +132,7 @@ def staying(model: nn.Module, neuron_scores: torch.Tensor, head_scores: torch.Te
     check_unit_scores(neuron_scores, (a.layers, neurons), "neuron")
     if head_scores is None and groups_kept < groups:
         raise BadInput("Key-value heads are to go and nothing says which: expected head scores; score the heads.")
-    if head_scores is None: head_scores = torch.zeros(a.layers, a.heads)
+    if head_scores is None: head_scores = torch.zeros(a.layers, a.heads, dtype=torch.float32, device="cpu")
     check_unit_scores(head_scores, (a.layers, a.heads), "head")
     return highest(neuron_scores, neurons_kept), highest(group_scores(head_scores, groups), groups_kept)
 
@@ -170,7 +170,7 @@ def contributions(model: nn.Module, calibration: Calibration, batch_tokens: int 
 
 def neuron_magnitudes(model: nn.Module, *given: object) -> torch.Tensor:
     "The size of a neuron's rows and column."
-    squares = torch.zeros(anatomy(model).layers, widths_of(model)[0])
+    squares = torch.zeros(anatomy(model).layers, widths_of(model)[0], dtype=torch.float32, device="cpu")
     for p in (p for p in projections(model) if not p.parts):
         of_axis = p.weight.detach().float().square().sum(int(p.role != "down")).cpu()
         squares[p.layer] += of_axis.unflatten(0, (-1, squares.shape[1])).sum(0)

@@ -223,7 +223,8 @@ def speeds_of(sides: Mapping[str, Side], settings: SpeedSettings,
     "Measure prefill and decode of every side at every batch size."
     model, rng, taken = next(iter(sides.values())).model, torch.Generator().manual_seed(0), {}
     for batch in settings.batches:
-        drawn = torch.randint(model.config.vocab_size, (batch, settings.prompt + settings.steps), generator=rng)
+        shape = (batch, settings.prompt + settings.steps)
+        drawn = torch.randint(model.config.vocab_size, shape, device="cpu", generator=rng)
         ids, written = drawn.to(model.device).split([settings.prompt, settings.steps], 1)
         timers = {name: partial(seconds_of, side, partial(side.model, ids, use_cache=True, logits_to_keep=1), clock)
                   for name, side in sides.items()} # of reading prompts
@@ -240,7 +241,8 @@ def filled(model: nn.Module) -> nn.Module: # A copy without zeros in scope
     for linear in linears_of(dense):
         kept = linear.weight != 0
         spread = linear.weight[kept].float().std() if kept.sum() > 1 else torch.tensor(0.02)
-        drawn = torch.randn(linear.weight.shape, generator=rng).to(linear.weight) * spread.to(linear.weight)
+        drawn = torch.randn(linear.weight.shape, dtype=torch.float32, device="cpu", generator=rng)
+        drawn = drawn.to(linear.weight) * spread.to(linear.weight)
         linear.weight.copy_(torch.where(kept, linear.weight, drawn))
     return dense
 

@@ -234,7 +234,7 @@ def dry_run(folder):
     toy = llama | dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                        num_key_value_heads=2, vocab_size=720)
     rounds = ScoringRounds((8,), repeats=1, tolerance=0.05, times=1)
-    words = (*QUICK, "none", "--methods", "magnitude", "--n", "2", "--loss-n", "1", "--windows", "0")
+    words = (*QUICK, "none", "--methods", "magnitude", "--n", "2", "--loss-n", "1", "--windows", "1")
     cases = [Measurement("run", 1, lambda path, device: run_case(path, device, "lab", folder / "run", words)),
              Measurement("llama-3-8b", 1, lambda path, device: device_case(path, device, toy, 1, 2, 1, rounds)),
              *agreements("lab", n=1, chosen=2, repeats=1)[:2],
