@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.utils.prune
-from fixtures import refuses, tiny_config, tiny_llama, with_settings
+from fixtures import made_up_calibration, refuses, tiny_config, tiny_llama, with_settings
 from hub import arc_rows, gsm8k_rows, save_llama
 from programs import assert_one_sentence, called
 from safetensors.torch import load_file, save_file
@@ -756,3 +756,12 @@ def test_an_engine_that_does_not_start_is_one_sentence(place, monkeypatch):
     with pytest.raises(BadInput, match="could not load the model with [0-9]+% of the memory .Engine core") as error:
         run_job(job_in(place, backend="vllm"), place / "new")
     assert "\n" not in str(error.value) and 0 < shares[0] <= 0.5
+
+
+def test_inference_mode_is_named():
+    """Gradients that are wanted under it, and a model that was made under it."""
+    calibration, outside = made_up_calibration(), tiny_llama()
+    with torch.inference_mode():
+        refuses("prune.. failed under torch.inference_mode", prune, outside, "gradient", 0.5, calibration=calibration)
+        model = tiny_llama()
+    refuses("was made under torch.inference_mode", prune, model, "magnitude", 0.5)

@@ -197,12 +197,20 @@ def check_computable(value: object, what: str, name: str) -> None:
     tensors = tuple(value.parameters()) if module else (value,) # of a model that is offloaded, some have none here
     if tensors and all(getattr(tensor, "is_meta", False) is True for tensor in tensors):
         raise BadInput(f"{what} is on the device meta and has no numbers: expected some; load it on another device.")
+    if any(getattr(tensor, "is_inference", bool)() for tensor in tensors):
+        raise BadInput(f"{what} was made under torch.inference_mode, which lets nobody change it: expected one made "
+                       "outside of that; load it there.")
     kind = type(value).__name__
     if name == "tokenizer" and value is not None and not callable(getattr(value, "get_vocab", None)):
         raise BadInput(f"{what} is of type {kind}: expected a tokenizer; load it with load_model.")
     head = getattr(value, "get_output_embeddings", None)
     if name == "model" and module and (not hasattr(value, "config") or callable(head) and head() is None):
         raise BadInput(f"{what} is a {kind}: expected a causal language model; load one with load_model.")
+
+def in_inference_mode() -> bool:
+    "Whether `torch.inference_mode` is on."
+    torch = sys.modules.get("torch") # not imported for this
+    return torch is not None and torch.is_inference_mode_enabled()
 
 def lacks_memory(error: Exception) -> bool:
     "Whether an error says that there was no memory left."
@@ -267,8 +275,12 @@ def validate_arguments(function: F) -> F:
         except Exception as error:
             if isinstance(error, OSError) and error.errno in WANTED and isinstance(error.filename, str):
                 raise BadInput(refused_path(error)) from error
-            for argument, value in bound.arguments.items() if not lacks_memory(error) else ():
+            if lacks_memory(error): raise
+            for argument, value in bound.arguments.items():
                 check_computable(value, f"{argument} of {function.__name__}()", argument)
+            if isinstance(error, RuntimeError) and in_inference_mode():
+                raise BadInput(f"{function.__name__}() failed under torch.inference_mode, where nothing has a "
+                               "gradient: expected a call outside of that; leave the block.") from error
             raise
         finally: INSIDE.reset(outermost)
     wrapped.__doc__ = with_parameters(function)

@@ -312,7 +312,7 @@ class BudgetSettings:
     apart: bool = False # Whether each role is pruned alone (of all experts together), and not a whole attention or MLP
 
 # %% ../../nbs/methods/22_budgets.ipynb #e118c767
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Budgets:
     "A share of zeros for every region, and the measurements that it comes from."
     regions: tuple[Region, ...] # The regions, R of them
