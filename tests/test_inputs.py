@@ -25,13 +25,14 @@ from programs import assert_one_sentence, called
 from safetensors.torch import load_file, save_file
 
 from cap_nb import single_steps
-from cap_nb.calibration import calibration_set, overlap
+from cap_nb.calibration import Calibration, calibration_set, overlap
 from cap_nb.core import files
 from cap_nb.core.errors import BadInput, lacks_memory
 from cap_nb.core.files import check_new_folder, read_checked, whole_folder, write_checked
 from cap_nb.data import prompts
 from cap_nb.data.lab_world import MOST
 from cap_nb.data.problems import load_problems, read_arc
+from cap_nb.data.prompts import IGNORED
 from cap_nb.evaluation import accuracy, evaluation_problems
 from cap_nb.jobs import job as job_module
 from cap_nb.jobs import records
@@ -765,3 +766,11 @@ def test_inference_mode_is_named():
         refuses("prune.. failed under torch.inference_mode", prune, outside, "gradient", 0.5, calibration=calibration)
         model = tiny_llama()
     refuses("was made under torch.inference_mode", prune, model, "magnitude", 0.5)
+
+
+@pytest.mark.parametrize("method", ["gradient", "cap.signed_gradient", "cap.neurons"])
+def test_an_example_without_a_target_is_named(method):
+    """Its mean loss has a gradient of zero, which would only dilute the others'."""
+    example = made_up_calibration().examples[0]
+    without = Calibration.from_examples([replace(example, labels=(IGNORED,) * len(example.labels))], k=1)
+    refuses("has no target", prune, tiny_llama(), method, 0.5, calibration=without)

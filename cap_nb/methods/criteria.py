@@ -26,7 +26,7 @@ from cap_nb.methods.wanda import (
     wanting_gradients, zero_layer_by_layer, zero_shares_within)
 from cap_nb.models.anatomy import projections
 from cap_nb.regions import as_factors, Factors, region_factors
-from cap_nb.scoring import batches_of
+from cap_nb.scoring import batches_of, token_counts
 from cap_nb.threshold import prune_report, PruneReport
 
 # %% ../../nbs/methods/11_criteria.ipynb #1047682d
@@ -104,7 +104,7 @@ def loss_gradients(model: nn.Module, calibration: Calibration, batch_tokens: int
     scope = projections(model)
     if totals is None:
         totals = {p.name: torch.zeros(p.weight.shape, dtype=torch.float32, device=p.weight.device) for p in scope}
-    n = len(calibration.examples)
+    n = len(token_counts(calibration)) # refused without a target
     scale = 2 ** n.bit_length() # a mean's gradients may be too small for float16; a power of two rounds nothing
     with wanting_gradients(scope):
         for _, batch in batches_of(calibration.examples, batch_tokens, model):

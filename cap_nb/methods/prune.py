@@ -38,7 +38,7 @@ from cap_nb.methods.wanda import regional_gradients, zero_shares_within
 from cap_nb.models.anatomy import Projection, projections
 from cap_nb.models.loading import model_fingerprint
 from cap_nb.regions import as_factors, check_literal, Factors, region_factors
-from cap_nb.scoring import causal_scores, HeadLosses
+from cap_nb.scoring import causal_scores, HeadLosses, token_counts
 from cap_nb.threshold import prune_report, PruneReport
 
 # %% ../../nbs/methods/24_prune.ipynb #9d10980e
@@ -253,6 +253,7 @@ def unit_factors(model: nn.Module, attribution: str, inputs: Inputs, losses: Hea
                  how: str = "paper") -> Factors:
     "Importance factors from another attribution than masking; a missing calibration set raises `BadInput`."
     check_inputs(attribution, inputs, ["calibration"])
+    token_counts(inputs.calibration) # refused without a target
     if losses is None and attribution in (*UNIT_AWARE, *READINGS):
         losses = score_heads(model, inputs.calibration, inputs.batch_tokens, inputs.store)
     if attribution in UNIT_AWARE:
