@@ -22,8 +22,8 @@ from torch import nn
 from .calibration import Calibration
 from .core.errors import BadInput, check_at_least, percent_below
 from .core.files import (
-    alone_in, begun_in, check_disk_room, check_new_folder, HALF_WRITTEN, read_checked, remove, shard_files,
-    whole_folder, write_checked)
+    alone_in, begun_in, check_disk_room, check_new_folder, HALF_WRITTEN, holds_other, read_checked, remove, shard_files,
+    unfinished_beside, whole_folder, write_checked)
 from .core.registry import additions_noted
 from .core.stopping import NOTHING_KEPT, stop_says, STOPPED
 from .data.problems import FRESH
@@ -111,7 +111,7 @@ def score_into(job: Job, out: Path, heads_at_once: int | None = None, store: Pat
     if job.model.dtype == "fastest" and (join or launched_processes()[1] > 1):
         raise BadInput("--dtype fastest was given to several processes: expected one dtype for all, since each would "
                        "find its own; name it.")
-    working, batch_tokens = store or out.with_name(out.name + ".unfinished"), job.model.batch_tokens
+    working, batch_tokens = store or unfinished_beside(out), job.model.batch_tokens
     check_new_table(out, working)
     model, tokenizer = load_checked(job, shared=True)
     calibration, fingerprint = job_calibration(job, tokenizer), tokenizer_fingerprint(tokenizer)
@@ -316,7 +316,7 @@ def prune_on_disk(job: Job, pruning: SinglePruning, out: Path, working: Path) ->
 def working_folder(out: Path, kinds: Sequence[str] = ()) -> Iterator[Path]:
     "A folder beside the one that is made, for this process alone; work of these kinds goes when the block ends well."
     check_new_folder(out)
-    working = out.with_name(f"{out.name}.unfinished")
+    working = unfinished_beside(out)
     with begun_in(working):
         check_new_folder(out) # another process may have made it meanwhile
         yield working
@@ -380,8 +380,7 @@ def prune_into(job: Job, pruning: SinglePruning, out: Path, says: str | None = N
 
 def hessians_into(job: Job, out: Path) -> None:
     "Measure the Hessians of a dense model's inputs; the same call goes on after a kill."
-    half_written = (HALF_WRITTEN.fullmatch(path.name) for path in out.glob("*")) # a kill in the first layer leaves one
-    if not all(half_written) and not layer_file(out, 0).exists(): check_new_folder(out)
+    if holds_other(out) and not layer_file(out, 0).exists(): check_new_folder(out)
     model, tokenizer = load_checked(job)
     save_hessians(model, job_calibration(job, tokenizer), out, job.model.batch_tokens)
 
@@ -450,8 +449,7 @@ def recipe_asked(job: Job, pruning: SinglePruning, tuning: FineTuning | None, ou
     if job.calibrate.calibrate_on == OWN: check_tries(1, read_rule(job.calibrate.chain_rule))
     asked = json.loads(json.dumps([asdict(each) if each else None for each in (job, pruning, tuning)], default=str))
     if not (out/"recipe.json").exists():
-        left = [HALF_WRITTEN.fullmatch(path.name) for path in out.glob("*")] # by a kill while it was first written
-        if not left or not all(left): check_new_folder(out)
+        if holds_other(out) or not any(out.glob("*")): check_new_folder(out)
     elif (kept := read_checked(out/"recipe.json")[:len(asked)]) != asked:
         was, now = (dict(ChainMap(*parts[0].values(), *filter(None, parts[1:]))) for parts in (kept, asked))
         differ = [f"{option_of(name)} {was.get(name)}" for name in {**was, **now} if was.get(name) != now.get(name)]

@@ -160,10 +160,14 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         with named(path): temporary.mkdir(parents=True)
         with locked(temporary): yield temporary
 
+def unfinished_beside(path: Path) -> Path:
+    "The name beside a folder or a file under which it is filled until it is whole."
+    return path.with_name(f"{path.name}.unfinished")
+
 def check_disk_room(out: Path, needed: int, what: str = "") -> None:
     "Raise `BadInput` if the disk has too little room for a folder, counting what an earlier attempt wrote."
     there = next(above for above in (out, *out.absolute().parents) if above.is_dir())
-    written = sum(path.stat().st_size for path in out.with_name(f"{out.name}.unfinished").rglob("*") if path.is_file())
+    written = sum(path.stat().st_size for path in unfinished_beside(out).rglob("*") if path.is_file())
     free = shutil.disk_usage(there).free
     if free + written < needed:
         raise BadInput(f"{what or out} takes {needed:,} bytes and the disk has {free:,} left: expected room for it; "
@@ -201,6 +205,10 @@ def begun_in(working: Path, links: bool = False) -> Iterator[None]:
 # %% ../../nbs/core/01_files.ipynb #c035
 HALF_WRITTEN = re.compile(r"\..+\.\d+\.part") # Names that `whole_file` writes to
 
+def holds_other(folder: Path) -> bool:
+    "Whether something is there besides an empty folder, or one whose first file a kill has left half-written."
+    return folder.exists() and not (folder.is_dir() and all(HALF_WRITTEN.fullmatch(p.name) for p in folder.iterdir()))
+
 def check_unfinished(working: Path, names: Collection[str]) -> None:
     "Remove half-written files; anything that no attempt at these names could have left raises `BadInput`."
     folders = {above.as_posix() for name in names for above in Path(name).parents}
@@ -218,7 +226,7 @@ def resumed_folder(path: str | Path, names: Collection[str]) -> Iterator[Path]:
     "Fill NAME.unfinished with these files; it takes its final name if the block ends without an error, and else stays."
     path = Path(path)
     check_new_folder(path)
-    working = path.with_name(f"{path.name}.unfinished")
+    working = unfinished_beside(path)
     with begun_in(working, links=True), disk_full_reported(path, "what was finished is kept"):
         check_new_folder(path)
         check_unfinished(working, names)

@@ -22,7 +22,8 @@ import cap_nb
 from ..calibration import (
     Calibration, calibration_pool, calibration_set, chosen_tasks, default_style, draw)
 from ..core.errors import BadInput, check_at_least, check_fields, check_seed, validate_arguments
-from ..core.files import alone_in, is_intact, remove, sha256_of_text, taken_as, text_lines, write_text
+from ..core.files import (
+    alone_in, is_intact, remove, sha256_of_text, taken_as, text_lines, unfinished_beside, write_text)
 from ..core.registry import code_of
 from ..data.problems import halves, load_text, task_family
 from ..data.prompts import (
@@ -266,7 +267,7 @@ def own_chains(
     for e in examples: check_room(model, [prompt_tokens(e)], token_limit(e.task, answering.max_new_tokens))
     about = chains_origin(model, tokenizer, examples, style, answering, seed)
     if amount: about |= {"tokens": amount, "rule": str(rule)}
-    folder = Path(file).with_name(Path(file).name + ".unfinished") if file else None
+    folder = unfinished_beside(Path(file)) if file else None
     if file and Path(file).exists():
         chains = same_origin(Path(file), about)
         remove(folder) # of a call that was killed when its file was whole

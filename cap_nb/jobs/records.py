@@ -34,9 +34,9 @@ from ..analysis import records_from, row_order
 from ..core.devices import build_of, device_name
 from ..core.errors import BadInput, validate_arguments
 from ..core.files import (
-    all_in, alone_in, busy, check_inside, check_no_links, checked_text, DAMAGED, HALF_WRITTEN, is_intact, json_text,
-    MOST_ROWS, MOST_UNPACKED, read_checked, read_tensors, remove, remove_leftovers, rows_of_parquet, sha256_of_file,
-    sha256_of_text, taken_as, TRACKING, whole_file, whole_folder, write_checked)
+    all_in, alone_in, busy, check_inside, check_no_links, checked_text, DAMAGED, HALF_WRITTEN, holds_other, is_intact,
+    json_text, MOST_ROWS, MOST_UNPACKED, read_checked, read_tensors, remove, remove_leftovers, rows_of_parquet,
+    sha256_of_file, sha256_of_text, taken_as, TRACKING, whole_file, whole_folder, write_checked)
 from ..core.registry import check_additions
 from ..evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
 from .settings import changed, Job, option_of, option_text, part_of_setting, values_of
@@ -277,7 +277,7 @@ def open_run(folder: str | Path, configuration: dict) -> dict:
     elif (folder/"evaluations").exists():
         raise BadInput(f"{folder} has lost its run.json: expected the file that says what run it is; restore it, or "
                        "give another folder with --out.")
-    elif folder.exists() and (not folder.is_dir() or not all(HALF_WRITTEN.fullmatch(p.name) for p in folder.iterdir())):
+    elif holds_other(folder):
         raise BadInput(f"{folder} is there and is not a run's folder: expected a new name; "
                        "give another folder with --out.")
     write_checked(folder/"run.json", asked)

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..analysis import summary_rows
 from ..core.errors import BadInput, check_choice, validate_arguments
 from ..core.files import (
-    alone_in, HALF_WRITTEN, read_checked, read_text, sha256_of_text, TRACKING, write_checked, write_text)
+    alone_in, holds_other, read_checked, read_text, sha256_of_text, TRACKING, write_checked, write_text)
 from ..core.registry import check_additions
 from ..evaluation import Evaluation
 from .job import as_begun, check_job, check_unread, Follow, prepare_loaded, run_job
@@ -312,7 +312,7 @@ def new_index(folder: Path, config: Config, jobs: Mapping[str, Job]) -> dict:
     used, finished = [], set()
     asked = {name: {key: list(value) if isinstance(value, tuple) else value for key, value in values_of(job).items()}
              for name, job in jobs.items()} # as JSON holds it
-    if folder.exists() and (not folder.is_dir() or not all(HALF_WRITTEN.fullmatch(p.name) for p in folder.iterdir())):
+    if holds_other(folder):
         kept = read_index(folder)
         lost = [run["folder"] for run in kept["runs"] if not goes_on(run, asked.get(run["folder"]))]
         if lost:

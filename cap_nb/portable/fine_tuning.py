@@ -24,7 +24,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..calibration import Calibration
 from ..core.devices import memory_of, module_of
 from ..core.errors import BadInput, check_at_least, validate_arguments
-from ..core.files import alone_in, check_new_folder, remove, sealed, whole_folder, write_json
+from ..core.files import (
+    alone_in, check_new_folder, remove, sealed, unfinished_beside, whole_folder, write_json)
 from ..data.prompts import Example
 from ..jobs.settings import check_tuning, FineTuning
 from ..methods.block import in_float32
@@ -317,7 +318,7 @@ REPORT = "recovery_report.json" # Name of the report in a saved folder
 
 def check_new_training(out: Path) -> None:
     "As `check_new_folder`; the state of a training that was killed when its folder was whole is removed."
-    working = out.with_name(f"{out.name}.unfinished")
+    working = unfinished_beside(out)
     if (out/REPORT).is_file() and (working/STATE).exists():
         remove(working/STATE)
         if not any(working.iterdir()): working.rmdir()
@@ -328,7 +329,7 @@ def recover_into(out: str | Path, model: nn.Module, tokenizer: object, calibrati
                  trained_on: dict | None = None) -> Recovery: # What was done
     "Train a pruned model further and save it with what is said of the examples; after a kill the same call goes on."
     check_new_training(out := Path(out))
-    working = out.with_name(f"{out.name}.unfinished")
+    working = unfinished_beside(out)
     report = recover(model, calibration, settings, working, teacher=teacher)
     if record := getattr(model.config, "cap_nb", None): # what the configuration says of the pruning
         about = asdict(report.settings) | {"calibration": report.calibration, "weights before": report.before}
