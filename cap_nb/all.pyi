@@ -59,6 +59,7 @@ from cap_nb.methods.streaming import checkpoint_fingerprint as checkpoint_finger
 from cap_nb.models.choices import choice_records as choice_records
 from cap_nb.experiments.claims import claims_ledger as claims_ledger
 from cap_nb.analysis import compare_methods as compare_methods
+from cap_nb.jobs.results import compare_models as compare_models
 from cap_nb.experiments.seeds import compare_over_seeds as compare_over_seeds
 from cap_nb.jobs.results import compare_runs as compare_runs
 from cap_nb.analysis import compare_with_paper as compare_with_paper

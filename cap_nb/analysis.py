@@ -94,7 +94,7 @@ def method_table(
     names = [(method_title(row.method), row.sparsity) for row in rows]
     if not rows:
         raise BadInput("There is nothing to put into a table: expected at least one evaluation; "
-                       "run 'cap run' or 'cap eval' first.")
+                       "run 'cap run' first.")
     by_cell(rows) # two for one row are refused
     titles = [task_title(task) for task in TASKS]
     cells = [{s.column: (s.value, s.low, s.high, s.n) for s in summary_rows(row)} for row in rows]

@@ -849,7 +849,8 @@ def report_command(
 
 @command(RECORDS, plugins=False)
 def compare_command(
-    runs: list[Path], # folders of runs; the others are held against the first; or one run, to compare its methods
+    runs: list[Path], # folders of runs, or of cap eval; the others are held against the first; or one run, to compare
+        # its methods
     *,
     methods: str | None = None, # methods to compare, with commas; all if left out, a dense model that is the same not
     against: str | None = None, # the first run's method to compare with; if left out the same one, in one run wanda
@@ -859,7 +860,7 @@ def compare_command(
     out: Path | None = None, # folder for the tables and the figure; only printed if left out
     seed: int = 0, # seed of every random draw
 ) -> str:
-    "Compare runs, or methods of a run, on the same problems: differences with intervals and corrected tests."
+    "Compare runs, methods of a run, or models, on the same problems: differences with intervals and corrected tests."
     check_choice(form, ("md", "csv"), "format")
     if beside is not None: check_choice(beside, ("published",), "value of --with")
     if beside and form == "csv":
@@ -868,19 +869,28 @@ def compare_command(
     from cap_nb.analysis import comparison_frame
     from cap_nb.core.files import check_new_folder
     from cap_nb.jobs.records import load_run
-    from cap_nb.jobs.results import compare_runs, published_text, runs_in, save_comparison, told_text
+    from cap_nb.jobs.results import (
+        compare_models, compare_runs, distinct_names, measured_alone, published_text, runs_in, save_comparison,
+        told_text)
     from cap_nb.jobs.tables import comparison_markdown
     if out: check_new_folder(out)
-    compared = compare_runs(runs, read_names(methods), against, read_sparsities(sparsity), seed)
+    if any(map(measured_alone, runs)):
+        if any((methods, against, sparsity, beside)):
+            raise BadInput("--methods, --against, --sparsity or --with was given with a folder of cap eval, which "
+                           "holds one model: expected runs; leave it out.")
+        compared, sources = compare_models(runs, seed), dict(zip(distinct_names(runs), runs))
+    else:
+        compared = compare_runs(runs, read_names(methods), against, read_sparsities(sparsity), seed)
+        sources = runs_in(runs)
     if form == "csv": text = comparison_frame(compared).to_csv(lineterminator="\n")
     else: text = comparison_markdown(compared) + told_text(compared)
-    if form == "md" and len(runs_in(runs)) == 1 and against is None:
+    if form == "md" and len(sources) == 1 and against is None:
         base = next(iter(compared))[1]
         text = f"One run: its methods are held against {base}; --against names another.\n\n{text}"
-    published = f"\n{published_text(load_run([*runs_in(runs).values()][0]))}" if beside else ""
+    published = f"\n{published_text(load_run([*sources.values()][0]))}" if beside else ""
     text += published
     if out is None: return text
-    save_comparison(compared, runs, out, published)
+    save_comparison(compared, sources, out, published)
     return text if form == "csv" else f"{text}\nTables and figure: {out}"
 
 # %% ../nbs/command_line.ipynb #43cf968c

@@ -120,6 +120,19 @@ def test_a_first_look_answers_where_settings_of_answers_are_given():
         assert (job.evaluate.accuracy_tasks, few) == (tasks, True), words
 
 
+def test_models_that_were_measured_alone_are_compared(tmp_path):
+    few = ["--device", "cpu", "--tasks", "lab-arc", "--accuracy-tasks", "none", "--loss-n", "4", "--windows", "0"]
+    output_of("prune", "--method", "magnitude", "--device", "cpu", "--out", tmp_path / "half")
+    for name, model in (("before", "lab"), ("after", tmp_path / "half")):
+        output_of("eval", "--model", model, *few, "--out", tmp_path / name)
+    measured = [tmp_path / name for name in ("before", "after")]
+    assert "\n| after | before | 50 % | Lab ARC-C. loss |" in output_of("compare", *measured, "--out", tmp_path / "kept")
+    assert json.loads((tmp_path / "kept/sources.json").read_text()).keys() == {"before", "after"}
+    assert_one_sentence(cap("compare", *measured[:1]), "One model alone was given")
+    assert_one_sentence(cap("compare", *measured, "--methods", "cap"), "folder of cap eval, which holds one model: expected runs")
+    assert_one_sentence(cap("compare", tmp_path / "half", measured[0]), "half was not made by 'cap eval --out'")
+
+
 def test_what_eval_lacks_is_told_before_anything_is_answered(tmp_path, monkeypatch):
     monkeypatch.setattr(cap_nb.single_steps, "evaluate", lambda *_: pytest.fail("it answered"))
     few = ["eval", "--device", "cpu", "--tasks", "lab-arc", "--evaluate-n", "1", "--loss-n", "1"]

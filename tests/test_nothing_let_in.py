@@ -1,10 +1,12 @@
 """Nothing let in: no pickle, no code of a checkpoint, no name that leads out of a folder, no link that is followed, nothing absurd that takes the memory."""
 import ast
+import base64
 import json
 import os
 import pickle
 import shutil
 import stat
+import zlib
 from pathlib import Path
 
 import pyarrow
@@ -25,8 +27,12 @@ from cap_nb.jobs import records as run_records
 from cap_nb.jobs.chains import read_chains
 from cap_nb.jobs.records import unpack_run
 from cap_nb.jobs.sweeps import read_config
+from cap_nb.jobs.report import write_results
+from cap_nb.methods.streaming import prune_checkpoint
 from cap_nb.models.loading import load_model
+from cap_nb.portable.format import export_folder
 from cap_nb.portable.quantised import export_gguf
+from cap_nb.portable.sharing import files_to_share
 from cap_nb.methods.resumed_scoring import load_losses
 from conftest import ROOT
 from fixtures import refuses, with_settings
@@ -132,6 +138,11 @@ def test_code_in_a_folder_is_not_run(copy, tmp_path, known):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("settings", [{"attn_implementation": "owner/kernel"}, {"_attn_implementation": {"text_config": "flash_attention_2"}}, {"text_config": {"experts_implementation": "owner/kernel"}}])
+def test_code_of_the_hub_is_not_fetched(copy, settings):
+    refused(copy("config.json", **settings), "config.json asks for ", "expected sdpa or eager")
+
+
 # ---- checkpoints that lie ----
 def test_shapes_and_dtypes_are_not_believed(copy):
     folder = copy("config.json", vocab_size=1 << 28)
@@ -173,6 +184,16 @@ def test_a_packed_run_cannot_write_outside(tmp_path):
     assert not (tmp_path / "escaped").exists() and not (tmp_path / "a" / "new").exists()
 
 
+def test_a_list_in_a_packed_run_is_not_unpacked_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_records, "MOST_TEXT", 1 << 20)
+    table = pyarrow.Table.from_pylist([], pyarrow.schema(run_records.COLUMNS))
+    texts = {"run.json": files.checked_text({"format": run_records.FORMAT}), "manifest.json": base64.b64encode(zlib.compress(bytes(1 << 21)))}
+    with parquet.ParquetWriter(path := tmp_path / run_records.PACKED, table.schema, store_schema=False) as writer:
+        writer.add_key_value_metadata(texts | {"checksum": run_records.SEAL + b"0" * 64})
+    path.write_bytes(run_records.sealed_bytes(path.read_bytes()))
+    refuses("lists more files than a run has", run_records.read_run, tmp_path)
+
+
 @pytest.mark.parametrize("model, called", [("..", None), (".", None), ("/", "model"), ("owner/name@abc", "name@abc"), ("lab", "lab")])
 def test_a_runs_folder_lies_below_runs(model, called):
     assert short_name(model) not in ("", ".", "..") and "/" not in short_name(model) and called in (None, short_name(model))
@@ -197,6 +218,28 @@ def test_links_are_not_followed(tmp_path):
     assert not (tmp_path / "elsewhere").exists()
     with pytest.raises(BadInput, match="evaluations is a link"), files.alone_in(tmp_path / "run"):
         pass
+
+
+def test_a_file_of_another_name_does_not_come_along(checkpoint, copy, tmp_path):
+    """Where a folder's LICENSE is a link to a key, no copy of the key is made, and none is shared."""
+    (tmp_path / "key").write_text("secret")
+    folder = copy("config.json")
+    (folder / "LICENSE.txt").symlink_to(tmp_path / "key")
+    (folder / "README.md").write_text("a card")
+    for work in (lambda: prune_checkpoint(folder, tmp_path / "new", 0.3, method="magnitude"), lambda: export_folder(folder, tmp_path / "small"), lambda: files_to_share(folder)):
+        refuses("LICENSE.txt is a link to .*key: expected a file of its own", work)
+    refused(folder, "LICENSE.txt is a link")
+    assert not any((tmp_path / name).exists() for name in ("new", "small"))
+
+
+def test_a_page_is_not_written_through_a_link(tmp_path):
+    run = shutil.copytree(ROOT / "figures/lab", tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/sparsity_curves_2.png").touch()
+    shutil.rmtree(run / "figures", ignore_errors=True)
+    (run / "figures").symlink_to(tmp_path / "mine")
+    refuses("figures is a link", write_results, run)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["sparsity_curves_2.png"]
 
 
 # ---- absurd sizes ----

@@ -141,6 +141,15 @@ def check_no_links(folder: Path) -> None:
             raise BadInput(f"{path} is a link: expected files and folders of its own in {folder.name}; remove it, "
                            "or give another folder.")
 
+def check_own_file(path: Path, folder: Path) -> None:
+    "Raise `BadInput` for a link out of a folder, unless to a file of that name, or within the hub's cache."
+    here, there = folder.resolve(), path.resolve()
+    hub = here.parent.name == "snapshots" and there.parent == here.parents[1]/"blobs"
+    known = path.parent.resolve().is_relative_to(here) and (hub or there.name == path.name)
+    if not known and not there.is_relative_to(here):
+        raise BadInput(f"{path} is a link to {there}: expected a file of its own, or a link to one of that name; put a "
+                       "copy there, or remove it.")
+
 def check_new_folder(path: Path) -> None:
     "Raise `BadInput` unless the name is free, or that of an empty folder."
     if path.is_symlink() or path.exists() and (not path.is_dir() or any(path.iterdir())):

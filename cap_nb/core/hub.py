@@ -135,6 +135,9 @@ def downloaded(repository: Repository, wanted: Wanted) -> Path:
     commit = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT).commit_hash
     if not COMMIT.fullmatch(commit or ""):
         raise BadInput(f"{constants.ENDPOINT} names no commit: expected a hub; check HF_ENDPOINT and your proxy.")
+    if COMMIT.fullmatch(revision or "") and commit != revision:
+        raise BadInput(f"{constants.ENDPOINT} gives commit {commit[:12]} of {name}: expected {revision[:12]}, as was "
+                       "asked; check HF_ENDPOINT and your proxy.")
     about = HfApi().repo_info(name, revision=commit, repo_type=kind, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
     hf_hub_download(name, wanted.first, revision=revision, repo_type=kind) # under the name that was asked for
     names = [sibling.rfilename for sibling in about.siblings]

@@ -23,6 +23,8 @@ from ..data.problems import Problem, task_family
 from ..evaluation import AnswerRecord
 
 # %% ../../nbs/experiments/03_reasoning_steps.ipynb #c005
+GOES_ON = r"(?<!\s)[^\S\n]*\n\s*(?=[=≈])" # Where an equation goes on in the next line; every blank is read once
+
 REWRITTEN = tuple((re.compile(pattern), plain) for pattern, plain in (
     (r"<<[^<>\n]*>>", ""), # GSM8K's calculator notes
     (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"),
@@ -30,7 +32,7 @@ REWRITTEN = tuple((re.compile(pattern), plain) for pattern, plain in (
     (r"\\times|\\cdot|[×·]", "*"), (r"\\div|÷", "/"), (r"[−–]", "-"), (r"—", ", "), (r"\\approx|≅", "≈"),
     (r"\\([$%])", r"\1"), (r"\\[()\[\],!;: ]", " "), # LaTeX's brackets
     (r"(?<![\w)])\*\*|\*\*(?![\w(])", " "), # Bold type
-    (r"(?m)^\s*[-*•]\s+", ""), (r"\s*\n\s*(?=[=≈])", " "))) # Lists; an equation that goes on in the next line
+    (r"(?m)^\s*[-*•]\s+", ""), (GOES_ON, " "))) # Lists
 
 def plain_arithmetic(text: str) -> str: # The same with one spelling for each sign
     "Text in which a product is `*`, a quotient `/`, a difference `-`, whatever was written."
@@ -308,7 +310,7 @@ def reasoning_steps(
     text: str, # What a model wrote
 ) -> tuple[str, ...]: # Its sentences before the last answer line
     "The steps of a chain of thought (paper section 6.1): no headings, no answer lines, nothing after them."
-    lines = re.sub(r"\s*\n\s*(?=[=≈])", " ", text).split("\n") # An equation may go on in the next line
+    lines = re.sub(GOES_ON, " ", text).split("\n")
     last = max((index for index, line in enumerate(lines) if ANSWER_LINE.match(line)), default=len(lines))
     solution = [line for line in lines[:last] if not HEADING.match(line) and not ANSWER_LINE.match(line)]
     return tuple(sentence for line in solution for sentence in sentences_of(re.sub(r"^\s*[-*•]\s+", "", line)))

@@ -802,7 +802,7 @@ def plan_advice(p: Plan) -> tuple[str, ...]:
     if p.main is not None and together > p.main:
         sentences.append(f"'cap run' keeps a copy of the weights in scope in main memory, {bytes_text(together)} "
                          f"together, and there are {bytes_text(p.main)}: prune with 'cap prune --stream' and measure "
-                         "with 'cap eval'.")
+                         "with 'cap eval --out', whose folders 'cap compare' takes.")
     context, answers = load.sizes.context or math.inf, (*load.answers, *load.chains)
     longest, tokens = (max(counts, default=0) for counts in (
         [len(length.input_ids) for length in load.lengths], [a.width + a.steps for a in answers]))

@@ -35,8 +35,8 @@ from ..core.devices import build_of, device_name
 from ..core.errors import BadInput, validate_arguments
 from ..core.files import (
     all_in, alone_in, busy, check_inside, check_no_links, checked_text, DAMAGED, HALF_WRITTEN, holds_other, is_intact,
-    json_text, MOST_ROWS, MOST_UNPACKED, read_checked, read_tensors, remove, remove_leftovers, rows_of_parquet,
-    sha256_of_file, sha256_of_text, taken_as, TRACKING, whole_file, whole_folder, write_checked)
+    json_text, MOST_ROWS, MOST_TEXT, MOST_UNPACKED, read_checked, read_tensors, remove, remove_leftovers,
+    rows_of_parquet, sha256_of_file, sha256_of_text, taken_as, TRACKING, whole_file, whole_folder, write_checked)
 from ..core.registry import check_additions
 from ..evaluation import AnswerRecord, Evaluation, LossRecord, Perplexity
 from .settings import changed, Job, option_of, option_text, part_of_setting, values_of
@@ -524,11 +524,17 @@ def write_packed(folder: Path) -> None:
 def packed_texts(folder: Path) -> dict[str, str]: # Name of a file -> its text
     "run.json and manifest.json of a packed run; a file that is not as `cap pack` wrote it raises `BadInput`."
     path, names = folder/PACKED, ("run.json", "manifest.json")
+    if path.stat().st_size > MOST_UNPACKED:
+        raise BadInput(f"{path} has {path.stat().st_size:,} bytes: expected {MOST_UNPACKED:,} at most; check the path.")
     content = path.read_bytes()
     if SEAL in content and content == sealed_bytes(content):
         run, listed = (pq.read_metadata(path).metadata[name.encode()] for name in names)
         if not listed.startswith(b"{"): # plain in a run that was packed before it was compressed
-            listed = zlib.decompress(base64.b64decode(listed))
+            unpacked = zlib.decompressobj()
+            listed = unpacked.decompress(base64.b64decode(listed), MOST_TEXT)
+            if unpacked.unconsumed_tail:
+                raise BadInput(f"{path} lists more files than a run has: expected one that 'cap pack' wrote; check the "
+                               "path.")
         return dict(zip(names, (run.decode(), listed.decode())))
     raise BadInput(f"{path} is not as 'cap pack' wrote it, its checksum says: expected no bit flipped and nothing "
                    "edited by hand; get it anew.")

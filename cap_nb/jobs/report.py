@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from ..analysis import (
     compare_methods, Comparison, FEWEST_PAIRS, is_better, method_table, method_title, plot_head_importance, row_order)
 from ..core.errors import BadInput
-from ..core.files import all_in, HALF_WRITTEN, whole_file, write_checked, write_text
+from ..core.files import all_in, check_no_links, HALF_WRITTEN, whole_file, write_checked, write_text
 from ..core.plots import figure_bytes
 from ..core.registry import check_additions
 from ..data.problems import LAB_TASKS
@@ -324,6 +324,7 @@ def write_manifest(folder: Path, run: Run) -> None:
 def write_results(folder: str | Path, page: bool = False) -> None:
     "Tables, figures, page and manifest of what is finished; nothing finished raises `BadInput`."
     folder, run = Path(folder), load_run(folder)
+    check_no_links(folder)
     check_additions(run.configuration.get("plugins", {}), str(folder))
     if not run.evaluations:
         raise Unfinished(f"{folder} has no finished evaluation yet: expected at least one; let 'cap run' go on.")

@@ -92,8 +92,8 @@ def table_notes(table: pd.DataFrame, provenance: Mapping | None = None, fingerpr
     texts = {key: value_text(value, fingerprints or key in NAMED) for key, value in provenance.items()}
     elsewhere = [ELSEWHERE] if texts != {key: value_text(value) for key, value in provenance.items()} else []
     behind = [f"Problems or windows: {counts}."] if counts else []
-    return [*reading_notes(columns), *behind, *(f"{key}: {text}" for key, text in texts.items() if text),
-            *elsewhere]
+    lines = (" ".join(f"{key}: {text}".splitlines()) for key, text in texts.items() if text)
+    return [*reading_notes(columns), *behind, *lines, *elsewhere]
 
 # %% ../../nbs/jobs/00_tables.ipynb #c005
 @validate_arguments

@@ -23,8 +23,8 @@ from cap_nb.calibration import Calibration
 from cap_nb.core.devices import device_named
 from cap_nb.core.errors import BadInput, check_choice, check_sparsity, validate_arguments
 from cap_nb.core.files import (
-    alone_in, check_disk_room, checkpoint_tensors, opened_tensors, pieces_of, read_object, read_tensors,
-    shard_files, SHARD_INDEX, SHORTER, StoredTensor, whole_folder, write_tensors)
+    alone_in, check_disk_room, check_own_file, checkpoint_tensors, opened_tensors, pieces_of, read_object,
+    read_tensors, shard_files, SHARD_INDEX, SHORTER, StoredTensor, whole_folder, write_tensors)
 from cap_nb.methods.criteria import check_inputs, CRITERIA, Inputs
 from cap_nb.methods.layer_walk import advanced, layer_by_layer
 from cap_nb.methods.neurons import UNIT_AWARE
@@ -357,6 +357,7 @@ def lay_out(checkpoint: Checkpoint, folder: Path) -> None:
     "Everything of the new checkpoint except the weights in scope; too little room raises `BadInput`."
     check_disk_room(folder, sum(shard.stat().st_size for shard in checkpoint.shards), "The new checkpoint")
     along = {path for pattern in COME_ALONG for path in checkpoint.folder.glob(pattern) if path.is_file()}
+    for path in sorted(along): check_own_file(path, checkpoint.folder)
     for path in sorted(along):
         target = folder/path.relative_to(checkpoint.folder)
         target.parent.mkdir(exist_ok=True)

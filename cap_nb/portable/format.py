@@ -21,8 +21,9 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 from cap_nb.core.errors import BadInput, check_choice, validate_arguments
 from cap_nb.core.files import (
-    PIECE, StoredTensor, check_disk_room, check_inside, check_new_folder, checkpoint_tensors, pieces_of, read_json,
-    resumed_folder, sha256_of_file, shard_files, stored_tensor, stored_tensors, whole_file, write_json, write_text)
+    MOST_HEADER, PIECE, StoredTensor, check_disk_room, check_inside, check_new_folder, check_own_file,
+    checkpoint_tensors, pieces_of, read_json, resumed_folder, sha256_of_file, shard_files, stored_tensor,
+    stored_tensors, whole_file, write_json, write_text)
 from cap_nb.core.registry import ExportFormat, FORMATS, FolderLoader, LOADERS
 from cap_nb.core.stopping import stop_says, STOPPED
 from cap_nb.models.lab import LABS
@@ -192,6 +193,7 @@ def open_shard(file: Path) -> PackedShard:
         raise BadInput(f"{file} is not packed: expected a file that 'cap export' wrote; check the path.")
     check_version(about.get("version"), file)
     try:
+        if stored["header"].end - stored["header"].start > MOST_HEADER: raise damaged(file)
         header = b"".join(pieces_of(stored["header"]))
         shard = PackedShard(file=file, about=about, header=header, tensors=tensors_in_order(header, file),
                             stored=stored)
@@ -362,6 +364,7 @@ def files_of(folder: Path) -> dict[str, Path]: # Every file by its name in the f
              if path.is_symlink() or not path.is_dir()}
     for name, path in files.items():
         check_inside(name, folder)
+        check_own_file(path, folder)
         if not path.is_file():
             raise BadInput(f"{path} is neither file nor folder: expected a checkpoint's files; take it out.")
         if path.name in (MANIFEST, CHECKSUM) or path.name.endswith(PACKED):
@@ -413,6 +416,13 @@ def export_folder(
         write_manifest(part, manifest := Manifest(kind=form, base=origin, files=tuple(entries)))
     return manifest
 
+# %% ../../nbs/portable/00_format.ipynb #4d91f965
+def shard_of(file: Path, entry: PackedFile) -> PackedShard:
+    "Describe a packed file; one that would be restored to another size than the list says raises `BadInput`."
+    shard = open_shard(file)
+    if len(shard.header) + sum(each.end - each.start for each in shard.tensors.values()) == entry.bytes: return shard
+    raise damaged(file)
+
 # %% ../../nbs/portable/00_format.ipynb #20efe57f
 @validate_arguments
 def restore_folder(
@@ -437,7 +447,7 @@ def restore_folder(
             if target.is_file() and sha256_of_file(target) == entry.sha256: continue
             with whole_file(target) as new:
                 if entry.stored == entry.name: shutil.copyfile(file, new)
-                else: restore_file(open_shard(file), new, beside.tensors)
+                else: restore_file(shard_of(file, entry), new, beside.tensors)
                 if sha256_of_file(new) != entry.sha256: raise damaged(file)
     return manifest
 

@@ -28,7 +28,8 @@ import cap_nb
 from ..analysis import method_table
 from ..calibration import Calibration
 from ..core.errors import BadInput, validate_arguments
-from ..core.files import check_sealed, read_object, sealed, sha256_of_file, whole_folder, write_text
+from ..core.files import (
+    check_own_file, check_sealed, read_object, sealed, sha256_of_file, whole_folder, write_text)
 from ..evaluation import Evaluation
 from ..jobs.records import Run, add_zeros, load_run
 from ..jobs.tables import markdown_rows, table_markdown, value_text
@@ -238,7 +239,7 @@ def summary_lines(folder: Path, record: dict, report: PruneReport) -> str: # Lin
         "Pruned before": before and f"by {before['method']}, to {per_cent(before['asked'])}",
         "Made with": f"cap_nb {record['version']}"}
     lines |= {name.capitalize(): value_text(value) for name, value in record.items() if name not in OWN_LINE}
-    return "".join(f"- {name}: {line}\n" for name, line in lines.items() if line)
+    return "".join(f"- {name}: {' '.join(line.splitlines())}\n" for name, line in lines.items() if line)
 
 # %% ../../nbs/portable/04_sharing.ipynb #c062
 LOADING = """## Loading
@@ -270,7 +271,8 @@ def measured_section(record: dict, mask: str, run: Run, cell: Sequence[Evaluatio
 def title_of(record: dict, report: PruneReport) -> str: # Markdown
     "The title, and a warning if the weights are not as the pruning left them."
     share, done = share_done(record, report.reached)
-    title = f"# {record['base']['name'].split('/')[-1]}, {per_cent(share)} of its projections' weights {done}"
+    name = " ".join(record["base"]["name"].split("/")[-1].splitlines())
+    title = f"# {name}, {per_cent(share)} of its projections' weights {done}"
     return title if report.zeros == record["zeros"] else f"{title}\n\n{CHANGED.format(record['zeros'], report.zeros)}"
 
 # %% ../../nbs/portable/04_sharing.ipynb #48e0138f
@@ -339,6 +341,7 @@ def files_to_share(folder: Path) -> tuple[SharedFile, ...]: # Its files by name
         raise BadInput(f"{folder} has no README.md: expected a model card; write one with 'cap card {folder}'.")
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
     for name, path in paths.items():
+        check_own_file(path, folder)
         reason = reason_against(name, path.stat().st_size if path.is_file() else 0)
         if not path.is_file(): reason = "is a broken link or no file"
         if reason: raise BadInput(f"{folder}/{name} {reason}: expected a folder of what belongs to the model; move it "
