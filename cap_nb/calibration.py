@@ -25,7 +25,7 @@ def draw_stratified(pool: Sequence[Example], n: int, seed: int) -> list[tuple[Ex
     task = pool[0].task if pool else "the task"
     if n > len(pool):
         raise BadInput(f"{task} has {len(pool)} problems for calibration but n = {n} were asked for: "
-                       f"expected at most {len(pool)}; lower n.")
+                       f"expected at most {len(pool)}; lower n (--n).")
     quartiles = length_quartiles([len(example.input_ids) for example in pool])
     wanted = Counter(length_quartiles(range(n))) # n cut into four, as evenly as it goes: 3, 2, 3, 2 for 10
     rng, drawn = random.Random(f"{seed}/{task}"), []

@@ -71,8 +71,8 @@ def parser_sentence(error: Exception) -> str: # The sentence
     return f"{wrong}: expected {expected}; see '{' '.join(('cap', *filter(None, [name])))} --help'."
 
 # %% ../nbs/command_line.ipynb #4c979ac1
-NO_MEMORY = ("There was not enough memory: expected a job that fits this machine; lower --batch-tokens (a run then "
-             "needs another --out), or what else was set high; 'cap plan' says what fits.")
+NO_MEMORY = ("There was not enough memory: expected a job that fits this machine; lower --batch-tokens where "
+             "there is one (a run then needs another --out), or what else was set high; 'cap plan' says what fits.")
 
 def sentence_and_code(error: BaseException) -> tuple[str, int]: # A sentence, and an exit code
     if isinstance(error, BadInput): return str(error), 2
@@ -293,7 +293,8 @@ LOUDNESS = [make_option("quiet", bool, False, "draw no bars, and show no warning
             make_option("verbose", bool, False, "tell more, such as the seconds of each stage")]
 SHORTER = " ".join(f"{option_of(name)} {option_text(value)}" for name, value in QUICK.items())
 QUICKLY = make_option("quick", bool, False,
-                      f"a first look within minutes, too small for a verdict: {SHORTER}, unless given")
+                      f"a first look within minutes, too small for a verdict: {SHORTER}, unless given; an option of "
+                      "answers, as --evaluate-n, asks for answers to all tasks")
 
 PLUGIN = make_option("plugin", list[Path] | None, None, "your own Python file, which is executed: it adds criteria, "
                      "attributions, allocations, tasks, texts, families or formats; may be given several times")

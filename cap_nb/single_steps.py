@@ -229,6 +229,7 @@ def prune_in_memory(job: Job, pruning: SinglePruning, out: Path, working: Path) 
     if pruning.sparsity > (most := highest_sparsity(pruning.method, model)):
         raise BadInput(f"Sparsity {pruning.sparsity:g} was asked of {pruning.method}, which reaches "
                        f"{percent_below(most)} here: expected at most that; ask for less, or use another method.")
+    check_disk_room(out, sum(weight.nbytes for weight in model.parameters()), "The new checkpoint") # before the work
     calibration = job_calibration(job, tokenizer) if is_calibrated(parts, pruning.scores) else None
     fingerprint = model_fingerprint(model)
     factors = factors_from(pruning, fingerprint, job.prune)
@@ -254,7 +255,8 @@ def walks_from_disk(pruning: SinglePruning) -> bool:
 def check_streaming(job: Job, pruning: SinglePruning) -> None:
     if not Path(job.model.name).is_dir():
         raise BadInput(f"--stream was given with --model {job.model.name}: expected a folder that holds a checkpoint; "
-                       "save the model there first, or leave --stream out.")
+                       "save the model there first (from the hub: hf download OWNER/NAME --local-dir FOLDER), or leave "
+                       "--stream out.")
     if job.model.dtype:
         raise BadInput("--stream was given with --dtype: expected none, since weights keep theirs; leave it out.")
     if job.model.device == "auto":

@@ -215,7 +215,7 @@ def test_the_homeworks_commands_run(tmp_path):
         done = finished(cap(*words[1:]) if words[0] == "cap" else lambda: exec(words[2], {}), tmp_path)
         assert done.returncode == 0, done.stderr
         said.append(done.stdout)
-    assert "36 heads" in said[0] and re.search(r"tensor\(\[(?:\s*\d+,?){9}\]\)", said[1])
+    assert "36 heads" in said[0] and re.fullmatch(r"\[(\([0-5], [0-5]\)(, |\]\n)){9}", said[1])
     assert "| mine | 50 %" in said[2] and "| Magnitude | 50 %" in said[2] and "| mine | Magnitude | 50 % |" in said[3]
 
 

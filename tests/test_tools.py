@@ -155,13 +155,15 @@ def test_the_readmes_methods_are_those_of_the_page():
     assert len(ours) == 7 and all(theirs[want][part].startswith(row[part]) for want, row in ours.items() for part in (0, 1))
 
 
-def test_the_readmes_five_lines_are_commands_of_the_program():
+def test_the_readmes_lines_are_commands_of_the_program():
     """Every option that they name is one of its command's, and what one line makes is what the next ones take."""
     [block] = [text for text in re.findall(r"((?:    \S.*\n)+)", (ROOT / "README.md").read_text(encoding="utf-8")) if "cap fetch" in text]
-    fetch, prune, evaluate, export, generate = (line.split() for line in block.splitlines())
+    fetch, before, prune, after, compare, export, generate = (line.split() for line in block.splitlines())
     known = typer.main.get_command(app).commands
-    assert (fetch[2], prune[1], evaluate[1], export[1:3]) == ("smollm2", "prune", "eval", ["export", "pruned"])
-    for line in (prune, evaluate, export):
+    assert (fetch[2], prune[1], before[1], after[1], export[1:3]) == ("smollm2", "prune", "eval", "eval", ["export", "pruned"])
+    assert compare == ["cap", "compare", before[-1], after[-1]]
+    for line in (before, prune, after, export):
         assert {word for word in line if word.startswith("--")} <= {option for parameter in known[line[1]].params for option in parameter.opts}
-    assert prune[prune.index("--model") + 1] == fetch[2] and prune[-1] == evaluate[evaluate.index("--model") + 1] == export[2] == "pruned"
+    models = [line[line.index("--model") + 1] for line in (before, prune, after)]
+    assert models == [fetch[2], fetch[2], "pruned"] and prune[-1] == export[2] == "pruned"
     compile(shlex.split(" ".join(generate))[2], "README", "exec")

@@ -218,7 +218,7 @@ def check_counts(job: Job) -> None:
     check_choice(job.evaluate.evaluate_on, ("evaluation", "validation"), "split to evaluate on")
     if job.prune.budget is not None: check_budget(job.prune.budget)
     check_draws(job.evaluate)
-    share_of_text(job.calibrate) # or refused
+    examples_by_kind(job.calibrate, 1) # or refused
     check_calibration(job.calibrate)
 
 # %% ../../nbs/jobs/01_settings.ipynb #c032
