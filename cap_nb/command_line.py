@@ -352,7 +352,8 @@ def command(heading: str, *parts: str, without: tuple[str, ...] = (), settings: 
             with stop_says(STOPPED if resumes else NOTHING_KEPT), plugins_of_user(plugin.get("plugin")):
                 check_options(context, own.get("job"), from_settings, from_job)
                 lines = function(**own)
-            if text := "\n".join(filter(None, (lines, few and TOO_FEW))): typer.echo(text)
+            if text := "\n".join(filter(None, (lines, few and TOO_FEW))): # no escape sequence that a record holds
+                typer.echo("".join(sign if sign.isprintable() or sign == "\n" else " " for sign in text))
         parameters = [CONTEXT, *(option.parameter for group in groups for option in group)]
         read_and_call.__signature__ = inspect.Signature(parameters)
         read_and_call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

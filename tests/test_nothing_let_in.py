@@ -242,6 +242,11 @@ def test_a_page_is_not_written_through_a_link(tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["sparsity_curves_2.png"]
 
 
+def test_no_escape_sequence_of_a_record_reaches_the_terminal(monkeypatch):
+    monkeypatch.setattr("cap_nb.jobs.tables.table_markdown", lambda *_: "a\x1b[2Jb\nc")
+    assert called("table", ROOT / "figures/lab").stdout == "a [2Jb\nc\n"
+
+
 # ---- absurd sizes ----
 def sparse(path, size, start=b""):
     with open(path, "wb") as file:
