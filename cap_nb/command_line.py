@@ -288,6 +288,9 @@ def options_of_command(function: Callable) -> list[Option]: # Its own options an
     return [make_option(p.name, p.annotation, p.default, about[p.name], p.kind is not p.KEYWORD_ONLY)
             for p in own if p.name not in ("job", "settings", "context")]
 
+def say(text: str) -> None: # No escape sequence that a record holds reaches the terminal
+    typer.echo("".join(sign if sign.isprintable() or sign == "\n" else " " for sign in text))
+
 CONTEXT = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
 LOUDNESS = [make_option("quiet", bool, False, "draw no bars, and show no warnings"),
             make_option("verbose", bool, False, "tell more, such as the seconds of each stage")]
@@ -352,8 +355,7 @@ def command(heading: str, *parts: str, without: tuple[str, ...] = (), settings: 
             with stop_says(STOPPED if resumes else NOTHING_KEPT), plugins_of_user(plugin.get("plugin")):
                 check_options(context, own.get("job"), from_settings, from_job)
                 lines = function(**own)
-            if text := "\n".join(filter(None, (lines, few and TOO_FEW))): # no escape sequence that a record holds
-                typer.echo("".join(sign if sign.isprintable() or sign == "\n" else " " for sign in text))
+            if text := "\n".join(filter(None, (lines, few and TOO_FEW))): say(text)
         parameters = [CONTEXT, *(option.parameter for group in groups for option in group)]
         read_and_call.__signature__ = inspect.Signature(parameters)
         read_and_call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -605,7 +607,7 @@ def prune_command(
         job, settings = with_recipe(job, settings, recipe, given)
         from cap_nb.single_steps import recipe_asked, recipe_into, recipe_plan
         recipe_asked(job, settings, RECIPES[recipe].tuning, out) # refuses a folder that does not fit
-        typer.echo(recipe_plan(job, settings, RECIPES[recipe].tuning))
+        say(recipe_plan(job, settings, RECIPES[recipe].tuning))
         lines, answers = recipe_into(job, settings, RECIPES[recipe].tuning, out)
         return "\n".join([*lines, "", table_text(answers)])
     job, settings, why = with_method(job, settings, bool(given_in(context, ("text_share", "calibrate_on"))))
@@ -769,7 +771,7 @@ def bench_command(
     if out and (out.exists() or out.is_symlink()): # told before anything is measured
         raise BadInput(f"{out} exists already: expected the name of a new file; choose another or remove it.")
     record = bench_folder(folder, against, settings, note)
-    typer.echo(speed_text(record)) # before a write that may fail
+    say(speed_text(record)) # before a write that may fail
     if out: write_checked(out, record)
 
 # %% ../nbs/command_line.ipynb #c3dd2f5c
@@ -811,7 +813,7 @@ def done_in(folder: Path, do: Callable[[Path], None]) -> Iterator[Path]: # Runs,
         try: do(run)
         except Unfinished as error:
             if len(runs) == 1: raise
-            typer.echo(f"Left as it is: {error}")
+            say(f"Left as it is: {error}")
         else: yield run
 
 @command(RECORDS)
@@ -838,7 +840,7 @@ def figures_command(
     from cap_nb.jobs.report import write_results
     for run in done_in(folder, write_results):
         made = "manifest.json" if (run/"manifest.json").exists() else "page, as far as they were there," # it is packed
-        typer.echo(f"{run}: tables, figures and {made} are those of its records.")
+        say(f"{run}: tables, figures and {made} are those of its records.")
 
 @command(RECORDS, resumes=True)
 def report_command(
@@ -847,12 +849,12 @@ def report_command(
     "Make report.html of every run in a folder: its table, what is significant, curves, heads and costs on one page."
     from cap_nb.jobs.report import write_results
     for run in done_in(folder, functools.partial(write_results, page=True)):
-        typer.echo(f"{run/'report.html'}: one page of what its records hold.")
+        say(f"{run/'report.html'}: one page of what its records hold.")
 
 @command(RECORDS, plugins=False)
 def compare_command(
-    runs: list[Path], # folders of runs, or of cap eval; the others are held against the first; or one run, to compare
-        # its methods
+    runs: list[Path], # folders of runs, or of cap eval --out, each named; the others are held against the first; or
+        # one run, to compare its methods
     *,
     methods: str | None = None, # methods to compare, with commas; all if left out, a dense model that is the same not
     against: str | None = None, # the first run's method to compare with; if left out the same one, in one run wanda
@@ -913,7 +915,7 @@ def repeat_command(
     places = {name: place for name, place in places.items() if place is not None}
     from cap_nb.jobs.results import repeat_run
     table = repeat_run(folder, out, read_names(methods), read_sparsities(sparsity), places)
-    typer.echo(table.to_string(index=False, na_rep=""))
+    say(table.to_string(index=False, na_rep=""))
     if (table["compared"] != table["equal"]).any(): raise typer.Exit(1)
 
 @command(RECORDS, plugins=False)
@@ -936,7 +938,7 @@ def pack_command(
     from cap_nb.jobs.records import pack_run
     for run in done_in(folder, pack_run):
         size = sum(path.stat().st_size for path in all_in(run) if path.is_file())
-        typer.echo(f"{run}: {size:,} bytes.")
+        say(f"{run}: {size:,} bytes.")
 
 @command(RECORDS, plugins=False)
 def unpack_command(

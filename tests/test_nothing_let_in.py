@@ -143,6 +143,11 @@ def test_code_of_the_hub_is_not_fetched(copy, settings):
     refused(copy("config.json", **settings), "config.json asks for ", "expected sdpa or eager")
 
 
+def test_a_setting_that_names_no_code_is_taken(copy):
+    """As Gemma 2 has it: the kind of a cache."""
+    load_model(str(copy("config.json", cache_implementation="hybrid", attn_implementation="eager")), device="cpu")
+
+
 # ---- checkpoints that lie ----
 def test_shapes_and_dtypes_are_not_believed(copy):
     folder = copy("config.json", vocab_size=1 << 28)
@@ -221,7 +226,7 @@ def test_links_are_not_followed(tmp_path):
 
 
 def test_a_file_of_another_name_does_not_come_along(checkpoint, copy, tmp_path):
-    """Where a folder's LICENSE is a link to a key, no copy of the key is made, and none is shared."""
+    """Where a folder's LICENSE is a link to a key, no copy of the key is made, and none is shared; links into the hub's cache are followed."""
     (tmp_path / "key").write_text("secret")
     folder = copy("config.json")
     (folder / "LICENSE.txt").symlink_to(tmp_path / "key")
@@ -229,6 +234,12 @@ def test_a_file_of_another_name_does_not_come_along(checkpoint, copy, tmp_path):
     for work in (lambda: prune_checkpoint(folder, tmp_path / "new", 0.3, method="magnitude"), lambda: export_folder(folder, tmp_path / "small"), lambda: files_to_share(folder)):
         refuses("LICENSE.txt is a link to .*key: expected a file of its own", work)
     refused(folder, "LICENSE.txt is a link")
+    (tmp_path / "cache/snapshots").mkdir(parents=True)
+    (tmp_path / "cache/blobs").mkdir()
+    (tmp_path / "cache/blobs/123abc").write_text("a licence")
+    (folder / "LICENSE.txt").unlink()
+    (folder / "LICENSE.txt").symlink_to(tmp_path / "cache/blobs/123abc")
+    load_model(str(folder), device="cpu")
     assert not any((tmp_path / name).exists() for name in ("new", "small"))
 
 

@@ -142,9 +142,9 @@ def check_no_links(folder: Path) -> None:
                            "or give another folder.")
 
 def check_own_file(path: Path, folder: Path) -> None:
-    "Raise `BadInput` for a link out of a folder, unless to a file of that name, or within the hub's cache."
+    "Raise `BadInput` for a link out of a folder, unless it ends at a file of that name, or of the hub's cache."
     here, there = folder.resolve(), path.resolve()
-    hub = here.parent.name == "snapshots" and there.parent == here.parents[1]/"blobs"
+    hub = there.parent.name == "blobs" and (there.parents[1]/"snapshots").is_dir() # where names are hashes
     known = path.parent.resolve().is_relative_to(here) and (hub or there.name == path.name)
     if not known and not there.is_relative_to(here):
         raise BadInput(f"{path} is a link to {there}: expected a file of its own, or a link to one of that name; put a "

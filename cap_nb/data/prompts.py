@@ -324,8 +324,9 @@ def imported_math_verify() -> object:
 
 POWER = r"\s*(?:\^|\*\*)\s*"
 TOWER = re.compile("|".join(( # Numbers too long to write out: powers of powers, and of five digits and more
-    rf"\d{POWER}(?:[{{(][^{{}}()]*\d|[{{(]?\s*\d+\s*[)}}]?){POWER}", rf"\d{{3}}\}}?\s*\){POWER}",
-    rf"{POWER}[{{(]?\s*\d{{5}}", r"\d{5}\s*!", r"!\s*!")))
+    rf"[\d)}}]{POWER}(?:[{{(][^{{}}()]*\d|[{{(]?\s*\d+\s*[)}}]?){POWER}[{{(]?\s*\d",
+    rf"\d{{3}}\}}?\s*(?:\\right)?\s*\){POWER}[{{(]?\s*\d{{3}}", rf"{POWER}[{{(]?\s*[-+]?\s*\d{{5}}",
+    r"\d{5}\s*!", r"!\s*(?:\\right)?\s*\)?\s*!")))
 LONGEST = 300 # Characters of a formula; the longest gold one of MATH-500 has 53
 
 def same_answer(answer: str | None, gold: str, family: str) -> bool:

@@ -364,7 +364,8 @@ def check_answers_fit(job: Job, model: nn.Module, tokenizer: object, task: str, 
     "Raise `BadInput` for problems, worked examples in front, that leave an answer no room."
     shots, limit = shown_examples(job, task, problems), token_limit(task, job.evaluate.max_new_tokens)
     examples = encode_problems(tokenizer, problems, job.calibrate.style, shots)
-    check_room(model, [prompt_tokens(example) for example in examples], limit)
+    check_room(model, [prompt_tokens(example) for example in examples], limit,
+               "lower --max-new-tokens" + (", or leave --shots out" if shots else ""))
 
 def check_problems(job: Job, model: nn.Module, tokenizer: object, exclude: Collection[str],
                    calibration: Calibration | None = None) -> None:

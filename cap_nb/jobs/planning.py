@@ -40,8 +40,8 @@ from ..models.choices import has_options
 from ..models.families import family_of, HOLDS
 from ..models.lab import lab_tokenizer, LABS
 from ..models.loading import (
-    check_gguf_installed, check_not_quantised, config_of, dtype_named, HUB_ID, load_tokenizer, on_meta,
-    opened_by_transformers, smollm2_folder)
+    check_gguf_installed, check_not_quantised, check_read_sizes, config_of, dtype_named, HUB_ID, load_tokenizer,
+    on_meta, opened_by_transformers, smollm2_folder)
 
 # %% ../../nbs/jobs/04_planning.ipynb #c005
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,9 @@ def read_sizes(name: str) -> Sizes:
         return replace(sizes, dtype="float32") if name in LABS else sizes # as labs are loaded
     if Path(name).suffix == ".gguf" and (file := Path(name)).is_file():
         check_gguf_installed()
-        with opened_by_transformers(name): config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        with opened_by_transformers(name):
+            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+        check_read_sizes(config, file)
         return sizes_of(config, name, name)
     names = {form.lower(): full for full in PUBLISHED for form in (full, full.split("/")[1])} | SHORT_NAMES
     if full := names.get(name.lower()):

@@ -532,7 +532,7 @@ def packed_texts(folder: Path) -> dict[str, str]: # Name of a file -> its text
         if not listed.startswith(b"{"): # plain in a run that was packed before it was compressed
             unpacked = zlib.decompressobj()
             listed = unpacked.decompress(base64.b64decode(listed), MOST_TEXT)
-            if unpacked.unconsumed_tail:
+            if not unpacked.eof:
                 raise BadInput(f"{path} lists more files than a run has: expected one that 'cap pack' wrote; check the "
                                "path.")
         return dict(zip(names, (run.decode(), listed.decode())))

@@ -229,6 +229,8 @@ def compare_models(
     cells = {}
     for name, run in others:
         cell, = run.evaluations
+        if not comparable_parts(cell, *first.evaluations):
+            raise BadInput(f"{name} and {base} share no measure: expected one at least; measure them alike.")
         cells[name, cell.sparsity] = replace(cell, method=name)
         cells[base, cell.sparsity] = replace(*first.evaluations, method=base, sparsity=cell.sparsity)
     return compare_methods(cells.values(), [(name, base) for name, _ in others], seed=seed)

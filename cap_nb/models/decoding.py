@@ -236,7 +236,7 @@ def write_all(slots: Slots, prompts: Sequence[Sequence[int]], order: Sequence[in
                 slots.leave(slot)
 
 def check_room(model: torch.nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int,
-               advice: str = "lower --max-new-tokens, or leave --shots out") -> None:
+               advice: str = "lower --max-new-tokens") -> None:
     "Raise `BadInput` if the longest prompt and what may follow it exceed the model's context, or one is empty."
     if not all(map(len, prompts)): raise BadInput("A prompt has no token: expected one at least; write some.")
     longest, context = max(map(len, prompts), default=0), context_of(model.config)

@@ -439,13 +439,14 @@ LABS = {"lab": CHECKPOINT, "lab-moe": EXPERTS_CHECKPOINT}
 def lab_tokenizer(folder: Path = CHECKPOINT) -> PreTrainedTokenizerFast:
     "The tokenizer of the lab model; a damaged checkpoint raises `BadInput`."
     check_checksums(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 def lab_model(dtype: torch.dtype | None = None, device: str | torch.device | None = None,
               folder: Path = CHECKPOINT) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     "The lab model of the package; a damaged checkpoint raises `BadInput`."
     tokenizer = lab_tokenizer(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32, use_kernels=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32, use_kernels=False,
+                                                 trust_remote_code=False)
     return model.to(device or "cpu").eval(), tokenizer
 
 # %% ../../nbs/models/06_lab.ipynb #7199c5e9

@@ -242,13 +242,17 @@ SIZES = dict.fromkeys(("hidden_size", "num_key_value_heads", "head_dim", "vocab_
 SIZES |= dict.fromkeys(("num_hidden_layers", "n_layer", "num_attention_heads", "n_head"), 100_000) # Objects are made
 SIZES |= dict.fromkeys(EXPERT_SETTINGS, 100_000) # for as many layers and experts before any weight is looked at
 
-def check_config_sizes(sizes: dict[str, object], folder: str | Path) -> None:
+def check_config_sizes(sizes: dict[str, object], source: str | Path) -> None:
     "Raise `BadInput` for a size that no model has."
     for name, most in SIZES.items():
         size = sizes.get(name)
         if size is None or type(size) is int and 0 < size <= most or size == 0 and name in EXPERT_SETTINGS: continue
-        raise BadInput(f"{folder}/config.json says that {name} is {size!r}: expected a whole number from 1 to "
+        raise BadInput(f"{source} says that {name} is {size!r}: expected a whole number from 1 to "
                        f"{most:,}; fetch it again.")
+
+def check_read_sizes(config: object, source: str | Path) -> None:
+    "As `check_config_sizes`, of a configuration that transformers has read."
+    check_config_sizes({name: getattr(config, name, None) for name in SIZES}, source)
 
 def check_no_adapter(folder: Path) -> None:
     "Raise `BadInput` for a change on top of weights, which is loaded, or not, as some package is there."
@@ -256,6 +260,7 @@ def check_no_adapter(folder: Path) -> None:
     raise BadInput(f"{folder} holds adapter_config.json, a change on top of other weights: expected all in one; merge "
                    "it first, as with peft's merge_and_unload, and save what comes out.")
 
+CODE = ("attn_implementation", "experts_implementation") # Ends of settings that name code
 OWN_CODE = (None, "sdpa", "eager", "batched_mm", "grouped_mm") # Implementations in torch and transformers
 
 def check_no_code_of_the_hub(settings: dict, folder: str | Path) -> None:
@@ -265,8 +270,8 @@ def check_no_code_of_the_hub(settings: dict, folder: str | Path) -> None:
         for name, value in left.pop().items():
             asked = [value]
             if isinstance(value, dict): left.append(value)
-            if isinstance(value, dict) and name.endswith("_implementation"): asked = value.values()
-            if name.endswith("_implementation") and (other := [one for one in asked if one not in OWN_CODE]):
+            if isinstance(value, dict) and name.endswith(CODE): asked = value.values()
+            if name.endswith(CODE) and (other := [one for one in asked if one not in OWN_CODE]):
                 raise BadInput(f"{folder}/config.json asks for {other[0]} as {name}: expected sdpa or eager, since "
                                "others may be code of the hub, or skip masks; change it there.")
 
@@ -275,11 +280,11 @@ def config_of(folder: str | Path) -> object:
     check_no_adapter(Path(folder))
     settings = read_object(Path(folder)/"config.json")
     check_no_code_of_the_hub(settings, folder)
-    check_config_sizes(settings, folder) # before transformers divides by them
+    check_config_sizes(settings, file := Path(folder)/"config.json") # before transformers divides by them
     note = settings.get("cap_nb")
     if isinstance(note, dict) and "sha256" in note: check_sealed(note, f"The entry cap_nb of {folder}/config.json")
     with opened_by_transformers(folder): config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    check_config_sizes({name: getattr(config, name, None) for name in SIZES}, folder)
+    check_read_sizes(config, file)
     return config
 
 # %% ../../nbs/models/08_loading.ipynb #c041
@@ -528,7 +533,7 @@ def load_gguf(file: Path, dtype: torch.dtype | None, device: torch.device) -> tu
     check_gguf_installed()
     with opened_by_transformers(file):
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
-        check_config_sizes({name: getattr(config, name, None) for name in SIZES}, file)
+        check_read_sizes(config, file)
         family_of(config)
         check_gguf_attention(file, config)
         try: model, tokenizer = dequantised(file)

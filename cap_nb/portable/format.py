@@ -364,9 +364,9 @@ def files_of(folder: Path) -> dict[str, Path]: # Every file by its name in the f
              if path.is_symlink() or not path.is_dir()}
     for name, path in files.items():
         check_inside(name, folder)
-        check_own_file(path, folder)
         if not path.is_file():
             raise BadInput(f"{path} is neither file nor folder: expected a checkpoint's files; take it out.")
+        check_own_file(path, folder)
         if path.name in (MANIFEST, CHECKSUM) or path.name.endswith(PACKED):
             raise BadInput(f"{folder} holds {name}, and so is packed already: expected the folder of a checkpoint; "
                            "restore it first.")

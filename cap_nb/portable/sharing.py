@@ -38,7 +38,7 @@ from ..methods.prune import check_method, method_line, own_scope
 from ..methods.selection import pattern_of
 from ..methods.streaming import open_checkpoint, read_weight
 from ..models.anatomy import projections
-from ..models.loading import fingerprint_differences
+from ..models.loading import fingerprint_differences, legal_files
 from .format import MANIFEST, check_whole, read_manifest
 from ..scoring import HeadLosses
 from ..threshold import PruneReport, report_of, zero_shares
@@ -224,7 +224,7 @@ def summary_lines(folder: Path, record: dict, report: PruneReport) -> str: # Lin
         counted = f"{removed:,} of {removed + record['weights']:,} cut out, {per_cent(report.reached)} of the rest zero"
     about = {name: base[name] for name in ("commit", "fingerprint") if name in base}
     stated = ", ".join(base[key] for key in LICENCE if key in base)
-    files = ", ".join(sorted(path.name for path in folder.glob("LICENSE*")))
+    files = ", ".join(sorted({path.name for path in legal_files(folder) if re.match("licen|copying", path.name, re.I)}))
     if stated: licence = f"{stated}, as its card says"
     elif files: licence = f"see {files} in this folder"
     else: licence = "its card named none, or there was no card; look at the base"
@@ -341,11 +341,11 @@ def files_to_share(folder: Path) -> tuple[SharedFile, ...]: # Its files by name
         raise BadInput(f"{folder} has no README.md: expected a model card; write one with 'cap card {folder}'.")
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
     for name, path in paths.items():
-        check_own_file(path, folder)
         reason = reason_against(name, path.stat().st_size if path.is_file() else 0)
         if not path.is_file(): reason = "is a broken link or no file"
         if reason: raise BadInput(f"{folder}/{name} {reason}: expected a folder of what belongs to the model; move it "
                                   "away.")
+        check_own_file(path, folder)
     if (folder/MANIFEST).is_file():
         for entry in read_manifest(folder).files: check_whole(folder, entry)
     else: open_checkpoint(folder)
