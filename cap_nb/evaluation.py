@@ -50,7 +50,8 @@ def evaluation_problems(
     n = check_at_least(len(eligible) if n is None else n, 1, "n (problems for evaluation)")
     if n > len(eligible):
         raise BadInput(f"{task} has {len(eligible)} problems for {split} but {n} were asked for: "
-                       f"expected at most {len(eligible)}; lower the count (--evaluate-n, --loss-n, --choice-n, --shots).")
+                       f"expected at most {len(eligible)}; lower the count (--evaluate-n, --loss-n, --choice-n, "
+                       "--shots).")
     return tuple(sorted(eligible, key=lambda problem: sha256_of_text(f"{seed}/{problem.uid}"))[:n])
 
 # %% ../nbs/05_evaluation.ipynb #c038
