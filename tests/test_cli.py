@@ -267,8 +267,8 @@ def test_what_a_plugin_adds_is_no_typo(tmp_path, monkeypatch):
 def test_prune_takes_the_recommended_method(small_lab, tmp_path):
     """Without --method: a solver with a tenth of text from 50 % on, Wanda below, and both say so; text that was asked for stays."""
     few = ["--model", small_lab, "--tasks", "lab-arc", "--n", "10", "--k", "1", "--device", "cpu"]
-    for name, options, words in (("half", [], "alps with --text-share 0.1, recommended at 50 % and above."), ("fifth", ["--sparsity", "0.2"], "wanda, recommended below 50 %."),
-                                 ("own", ["--text-share", "0.2"], "alps, recommended at 50 % and above.")):
+    for name, options, words in (("half", [], "alps with --text-share 0.1, chosen by measurements at 50 and 60 %."), ("fifth", ["--sparsity", "0.2"], "wanda, chosen by measurements at 10 and 20 %."),
+                                 ("own", ["--text-share", "0.2"], "alps, chosen by measurements at 50 and 60 %.")):
         assert output_of("prune", *few, *options, "--out", tmp_path / name).startswith(f"No --method was given: {words}\n")
         record = json.loads((tmp_path / name / "config.json").read_text())["cap_nb"]
         assert record["method"] == words.split()[0].rstrip(",") and record["calibration"].get("text_share") == {"half": 0.1, "own": 0.2}.get(name), record

@@ -249,12 +249,13 @@ def with_method(job: Job, pruning: SinglePruning, own_text: bool) -> tuple[Job, 
         if getattr(pruning, given) is not None:
             return job, replace(pruning, method=method), f"No --method was given: {method}, which --{given} is for."
     method, share = recommended_method(pruning.sparsity)
-    where, with_text = "at 50 % and above" if pruning.sparsity >= 0.5 else "below 50 %", ""
+    where, with_text = "at 50 and 60 %" if pruning.sparsity >= 0.5 else "at 10 and 20 %", "" # as measured
     few = job.calibrate.calibration_tokens is None and not round(share * job.calibrate.n) # they hold no window of text
     if share and not (few or own_text):
         job, with_text = changed(job, text_share=share), f" with --text-share {share:g}"
     elif share and few and not own_text: with_text = f" without text, for which --n {job.calibrate.n} has no window"
-    return job, replace(pruning, method=method), f"No --method was given: {method}{with_text}, recommended {where}."
+    said = f"No --method was given: {method}{with_text}, chosen by measurements {where}."
+    return job, replace(pruning, method=method), said
 
 # %% ../../nbs/jobs/01_settings.ipynb #c034
 @dataclass(frozen=True)
