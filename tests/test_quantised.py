@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from cap_nb.core import files
-from fixtures import refuses
+from fixtures import refuses, with_settings
 from cap_nb.models.anatomy import anatomy
 from cap_nb.models.lab import lab_tokenizer
 from cap_nb.models.loading import load_model, load_tokenizer
@@ -43,6 +43,19 @@ def test_a_tensor_is_read_some_rows_at_a_time(tmp_path, monkeypatch):
         pieces = list(rows_of(planned))
         assert max(piece.size for piece in pieces) <= max(1024, planned.shape[-1] * (planned.head_size or 1))
         assert len(pieces) > 1 or len(planned.shape) == 1
+
+
+def test_a_licence_is_named(tmp_path, caplog):
+    """The one that the record of a pruning has; files are named in a warning, since none fits in."""
+    from gguf import GGUFReader
+    folder = saved(tmp_path / "src")
+    with_settings(folder / "config.json", cap_nb=files.sealed({"base": {"license": "apache-2.0"}}))
+    (folder / "Licence.txt").write_text("free")
+    with caplog.at_level(logging.WARNING, "cap_nb"):
+        export_gguf(folder, file := tmp_path / "x.gguf")
+    assert "x.gguf cannot hold Licence.txt of the checkpoint" in caplog.text
+    field = GGUFReader(file).get_field("general.license")
+    assert bytes(field.parts[field.data[0]]) == b"apache-2.0"
 
 
 @pytest.mark.parametrize("kind, tied", [("llama", True), ("qwen2", False)])

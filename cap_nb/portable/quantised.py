@@ -21,7 +21,7 @@ from ..core.files import StoredTensor, checkpoint_tensors, pieces_of, shard_file
 from ..core.registry import ExportFormat, FORMATS
 from ..models.anatomy import dimensions
 from ..models.loading import (
-    check_complete, check_gguf_installed, check_not_quantised, config_of, load_tokenizer, STORED_DTYPES)
+    check_complete, check_gguf_installed, check_not_quantised, config_of, legal_files, load_tokenizer, STORED_DTYPES)
 from .format import check_no_base
 
 # %% ../../nbs/portable/03_quantised.ipynb #c005
@@ -262,6 +262,7 @@ def write_head(part: Path, config: object, tokenizer: object, about: tuple[str, 
     import gguf
     writer = gguf.GGUFWriter(part, config.model_type)
     add_sizes(writer, config, *about)
+    if stated := (getattr(config, "cap_nb", None) or {}).get("base", {}).get("license"): writer.add_license(stated)
     cut = add_tokenizer(writer, tokenizer, config.vocab_size)
     for planned in plan:
         kind = gguf.GGMLQuantizationType[planned.kind]
@@ -313,6 +314,8 @@ def export_gguf(
         cut, alignment = write_head(part, config, tokenizer, (folder.resolve().name, dtype), plan)
         with open(part, "ab") as file:
             for planned in tqdm(plan, desc=dtype): zeros += padded_write(file, planned, alignment)
+    if legal := sorted({path.name for path in legal_files(folder)}):
+        log.warning("%s cannot hold %s of the checkpoint: copy that beside it", out, ", ".join(legal))
     if not cut: log.warning("%s has no tokenizer: llama.cpp has no name for its way of cutting text", out)
     if rotation_of(config)[0] != "default":
         log.warning("%s has slowed rotations, which llama.cpp reads and transformers does not", out)
