@@ -133,6 +133,12 @@ def test_models_that_were_measured_alone_are_compared(tmp_path):
     assert_one_sentence(cap("compare", tmp_path / "half", measured[0]), "half was not made by 'cap eval --out'")
 
 
+def test_too_little_disk_is_told_before_anything_is_pruned(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=1000))
+    monkeypatch.setattr("cap_nb.single_steps.prune_with", lambda *_, **__: pytest.fail("work began"))
+    assert_one_sentence(cap("prune", "--method", "magnitude", "--device", "cpu", "--out", tmp_path / "new"), "The new checkpoint takes", "the disk has 1,000 left")
+
+
 def test_what_eval_lacks_is_told_before_anything_is_answered(tmp_path, monkeypatch):
     monkeypatch.setattr(cap_nb.single_steps, "evaluate", lambda *_: pytest.fail("it answered"))
     few = ["eval", "--device", "cpu", "--tasks", "lab-arc", "--evaluate-n", "1", "--loss-n", "1"]

@@ -15,6 +15,7 @@ import torch
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
+from cap_nb.analysis import method_table
 from cap_nb.command_line import known_options, short_name
 from cap_nb.core import files
 from cap_nb.core.devices import RESET, resident
@@ -23,11 +24,13 @@ from cap_nb.core.files import (
     SHARD_INDEX, read_checked, read_json, read_tensors, stored_tensors,
     whole_file, whole_folder)
 from cap_nb.data.problems import records_of_file, records_of_table
+from cap_nb.experiments.claims import save_ledger
 from cap_nb.jobs import records as run_records
 from cap_nb.jobs.chains import read_chains
 from cap_nb.jobs.records import unpack_run
 from cap_nb.jobs.sweeps import read_config
 from cap_nb.jobs.report import write_results
+from cap_nb.jobs.tables import table_latex, table_markdown
 from cap_nb.methods.streaming import prune_checkpoint
 from cap_nb.models.loading import load_model
 from cap_nb.portable.format import export_folder
@@ -251,6 +254,15 @@ def test_a_page_is_not_written_through_a_link(tmp_path):
     (run / "figures").symlink_to(tmp_path / "mine")
     refuses("figures is a link", write_results, run)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["sparsity_curves_2.png"]
+    (tmp_path / "claims").symlink_to(tmp_path / "mine")
+    refuses("claims is a link", save_ledger, None, [], tmp_path)
+
+
+def test_a_name_in_a_record_begins_no_line_of_a_table():
+    run = run_records.load_run(ROOT / "figures/lab")
+    provenance = run.provenance | {"model": {"name": "x\n\\input{secret}"}}
+    for text in (table_latex(method_table(run.evaluations), provenance), table_markdown(method_table(run.evaluations), provenance)):
+        assert "\\input{secret}" in text and not [line for line in text.splitlines() if line.startswith("\\input")]
 
 
 def test_no_escape_sequence_of_a_record_reaches_the_terminal(monkeypatch):
