@@ -563,7 +563,7 @@ def score_command(
     heads_at_once: int | None = None, # heads of a layer in one pass; if left out as many as fit, on a CPU 1
     store: Path | None = None, # folder where tables of losses are kept for other runs too
     budget: float | None = None, # share of the masked passes to spend, as 0.25, for mean scores; all if left out
-    join: bool = False, # help another process that makes the same --out: take units that are left, make no file
+    join: bool = False, # help another process that makes the same --out: compute units that are left, write no file
 ) -> str:
     "Measure the loss, or the divergence from the intact model, with every head masked in turn, and save the table."
     from cap_nb.single_steps import score_into
@@ -860,7 +860,7 @@ def compare_command(
     against: str | None = None, # the first run's method to compare with; if left out the same one, in one run wanda
     sparsity: str | None = None, # sparsities to compare, with commas; all if left out
     form: str = "md", # md or csv
-    beside: str | None = None, # published, for perplexities that papers print beside those of the first run
+    beside: str | None = None, # published, to show the perplexities of papers beside those of the first run
     out: Path | None = None, # folder for the tables and the figure; only printed if left out
     seed: int = 0, # seed of every random draw
 ) -> str:

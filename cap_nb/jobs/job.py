@@ -527,7 +527,7 @@ def part_size(limit: int, samples: int = 1) -> int: # Problems
 
 def in_parts(problems: Sequence[Problem], answer: Callable[[Sequence[Problem]], tuple], keep: KeepPart,
              size: int) -> tuple:
-    "The answers to problems, part after part, whoever keeps them; the company in which one is answered is the same."
+    "The answers to problems, part after part, whoever keeps them; each part has the same problems every time."
     parts = [problems[start:start + size] for start in range(0, len(problems), size)]
     if len(parts) == 1: return answer(problems)
     return tuple(one for number, part in enumerate(parts) for one in keep(number, lambda part=part: answer(part)))

@@ -42,7 +42,7 @@ class CalibrateSettings:
     calibrate_on: str = "gold" # gold for worked solutions, text for plain text, or a file of chains from cap chains
     chain_rule: str = "right" # which chains of the file are used: right or all, as right,tokens=200-2000,each=2;
         # after it may come, in this order, tokens=200-2000 (a chain's length), solved=0.25-0.75 (share of its problem's
-        # tries that are right) and each=2 (chains a problem at most, else 1)
+        # tries that are right) and each=2 (at most so many chains a problem; 1 if left out)
     text_share: float = 0.0 # share of the examples, or of --calibration-tokens, that is plain text, in [0, 1)
     spare: tuple[str, ...] = () # tasks whose problems are not calibrated on, as gsm8k_fresh for a later run
     calibration_text: str | None = None # text to calibrate on: wikitext2, lab-text or a plugin's; as --text if left out
@@ -65,7 +65,7 @@ class EvaluateSettings:
     accuracy_tasks: tuple[str, ...] | None = None # tasks whose answers are generated; as --tasks if left out
     evaluate_n: int = 200 # problems a task whose answers are generated
     loss_n: int = 100 # problems a task for held-out loss; 0 for none
-    choice_n: int = 0 # problems of each of --tasks that has options, as ARC, to compare their probabilities; 0 for none
+    choice_n: int = 0 # problems a task with options, as ARC, to compare the options' probabilities; 0 for none
     shots: int = 0 # worked examples in front of each problem that is answered, drawn from the calibration split
     samples: int = 1 # answers to each problem; from 2 on they are drawn, and accuracy is their mean, pass@1
     temperature: float = 0.0 # temperature of drawn answers, above 0; needed with --samples 2 or more, and only there
@@ -229,9 +229,8 @@ def recommended_method(sparsity: float) -> tuple[str, float]: # Name of the meth
 @dataclass(frozen=True)
 class SinglePruning:
     "How `cap prune` prunes a model."
-    method: str | None = None # one of 'cap methods'; if left out the recipe's, or what fits the given file or sparsity;
-        # cap with --scores, wanda with --norms, alps with --hessians; else alps with --text-share 0.1 from --sparsity
-        # 0.5 on, wanda below
+    method: str | None = None # one of 'cap methods'; if left out the recipe's, cap with --scores, wanda with --norms,
+        # alps with --hessians; else alps with --text-share 0.1 from --sparsity 0.5 on, wanda below
     sparsity: float = 0.5 # share of the weights in scope to zero, in [0, 1)
     scores: Path | None = None # table of losses, made by cap score
     key_value: str = "mean" # importance of a key-value head from its query heads': mean or max
