@@ -108,7 +108,7 @@ def layer_by_layer(
     name: str = "layer by layer", # What the progress bar says
     kept: Path | None = None, # Folder of the finished layers of this very walk; None keeps none
     dense: bool | None = None, # Keep whole layers, not projections alone; True: walk through the model as it came too
-    still: bool = False, # Nothing is changed: who gets a step takes its batches on, as `input_sums` does
+    still: bool = False, # Nothing is changed: the caller takes the batches on, as `input_sums` does if `onwards`
 ) -> Iterator[LayerStep]: # Every layer in turn; change it before you ask for the next one
     "Walk through the layers with the calibration set; holds the hidden states of all its tokens, [tokens, hidden]."
     device = next(model.parameters()).device

@@ -122,7 +122,7 @@ def regional_gradients(step: LayerStep) -> dict[str, torch.Tensor]: # Module nam
     return {name: (total / step.sequences).sqrt() for name, total in totals.items()}
 
 def rgs_score(e: Evidence, alpha: float = 100.0) -> torch.Tensor: # [out, in]
-    "Magnitude times the input's norm and the regional gradient (Yang et al. 2025, the score of Wanda++)."
+    "Magnitude times the sum of the input's norm and alpha times the regional gradient (Yang et al. 2025)."
     return e.weight.abs() * (alpha * e.gradient + e.norm).clamp_min(LEAST)
 
 RGS = Criterion(name="rgs", score=rgs_score, needs=("norm", "regional_gradient"), scope="row",
