@@ -213,7 +213,7 @@ def interval_of_gain(gained: int, lost: int, n: int, confidence: float = 0.95) -
     return 100 * (won - loss_most), 100 * (won_most - loss)
 
 def interval_of_alike(value: float, n: int, confidence: float = 0.95) -> tuple[float, float]: # Points
-    "The same where each of n problems has one difference: as if that share of them were won, or lost, as a whole."
+    "The same where all n problems have one and the same difference: as if that share were won, or lost, outright."
     won, lost = (round(n * max(0.0, sign * value) / 100) for sign in (1, -1))
     return interval_of_gain(won, lost, n, confidence)
 

@@ -38,7 +38,7 @@ def draw_stratified(pool: Sequence[Example], n: int, seed: int) -> list[tuple[Ex
 from cap_nb.data.prompts import Tokens
 
 def draw(pool: Sequence[Example], amount: int | Tokens, seed: int) -> list[tuple[Example, int]]:
-    "Draw so many examples, or as many as hold so many tokens (not in the paper), each with its quartile."
+    "Draw an amount of examples, or of tokens (not in the paper), each example with its quartile."
     if not isinstance(amount, Tokens): return draw_stratified(pool, amount, seed)
     quartiles = length_quartiles([len(example.input_ids) for example in pool])
     return [(pool[index], quartiles[index]) for index in amount.indices(pool, seed)]
@@ -181,7 +181,7 @@ def overlap(
     calibration: Calibration, # The calibration set
     problems: Iterable[Problem], # Problems for evaluation
 ) -> frozenset[str]: # Content hashes of those problems that are calibrated on
-    "Problems for evaluation that a calibration set asks, whatever their spaces and case (paper section 3.1)."
+    "Hashes of evaluation problems that are in a calibration set, whatever their spaces and case (paper section 3.1)."
     calibrated, prompts = {e.uid for e in calibration.examples}, [normal_text(e.prompt) for e in calibration.examples]
     def asks(prompt: str, part: str) -> bool: # whole words: 2 + 3 is not asked by 12 + 34
         return part in prompt and re.search(rf"(?<!\w){re.escape(part)}(?!\w)", prompt) is not None

@@ -146,7 +146,7 @@ def wilson_interval(
     return float(ends.low), float(ends.high)
 
 # %% ../nbs/05_evaluation.ipynb #c068
-FEWEST_UNLIKE = 10 # Problems; where fewer differ, how they spread says too little of those that were not drawn
+FEWEST_UNLIKE = 10 # Problems; where fewer differ, resampling them gives too narrow an interval
 
 @dataclass(frozen=True)
 class AccuracySummary:
@@ -296,7 +296,7 @@ from cap_nb.models.anatomy import check_tokens, context_of, decoder_of, head_log
 
 def text_windows(ids: Sequence[int], windows: int = 100, window_tokens: int = 2048,
                  context: int | None = None) -> torch.Tensor:
-    "Disjoint windows of a text, int64 [windows, tokens], both at most what is wanted (paper section 3.4)."
+    "Disjoint windows of a text, int64 [windows, tokens], neither more nor longer than asked for (paper section 3.4)."
     check_at_least(windows, 1, "windows")
     check_at_least(window_tokens, 2, "window_tokens")
     width = min(window_tokens, context or window_tokens, len(ids))

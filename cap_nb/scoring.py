@@ -38,7 +38,7 @@ from cap_nb.data.prompts import Example, collate, token_batches
 from cap_nb.models.anatomy import anatomy, check_length, check_tokens
 
 def mean_by_example(losses: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    "The mean loss of each example, float64 [B], from all its target tokens and how many each example has."
+    "The mean loss of each example, float64 [B], from all target tokens' losses and each example's count."
     return torch.stack([tokens.mean() for tokens in losses.double().split(list(counts))])
 
 def target_token_losses(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -113,7 +113,7 @@ def batches_of(examples: Sequence[Example], batch_tokens: int,
         yield indices, collate([examples[index] for index in indices], pad_id=0, device=device)
 
 def token_counts(calibration: Calibration) -> torch.Tensor: # int64 [N]
-    "How many target tokens each example has, its first token being predicted by none; no target raises `BadInput`."
+    "How many target tokens each example has, its first token excluded; no target raises `BadInput`."
     counts = [sum(label != IGNORED for label in example.labels[1:]) for example in calibration.examples]
     for example, count in zip(calibration.examples, counts):
         if not count:

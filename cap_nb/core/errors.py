@@ -104,7 +104,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_
 if TYPE_CHECKING: from pydantic import TypeAdapter
 
 def as_list(value: object) -> object:
-    "The items of a sequence; what is none raises ValueError, sets, generators and arrays of names among them."
+    "The items of a sequence; anything else raises ValueError, also sets, generators and arrays of names."
     if isinstance(value, Sequence): return value
     numeric = getattr(getattr(value, "dtype", None), "kind", "f") in "biuf" and not getattr(value, "is_meta", False)
     if getattr(value, "ndim", 0) and hasattr(value, "tolist") and numeric: return value.tolist()
@@ -262,7 +262,7 @@ def with_parameters(function: Callable) -> str | None:
     return "\n".join([function.__doc__ or "", "", "Parameters:", *lines]) if lines else function.__doc__
 
 def validate_arguments(function: F) -> F:
-    "Hold the arguments of the outermost call against the annotations; what is wrong with them is one sentence."
+    "Check the arguments of the outermost call against the annotations; what is wrong becomes one sentence."
     signature = inspect.signature(function)
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
