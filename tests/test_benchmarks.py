@@ -78,7 +78,7 @@ def test_processes_are_timed_and_their_tables_compared(tmp_path):
 def test_every_measurement_of_a_device_in_small(tmp_path, monkeypatch):
     """`make gpu DRY=1`: all cases are measured and summed up, and the real ones have their names and fit into the limit."""
     monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(run=lambda words, **given: finished(cap(*words[3:]))))
-    said = gpu.dry_run(tmp_path)
+    said = sum(gpu.dry_run(tmp_path), [])
     cases, real = read_cases(tmp_path / "gpu.json"), gpu.measurements("lab", tmp_path)
     assert {*cases, "agreement in float16"} == {case.name for case in real} and sum(case.seconds for case in real) < gpu.LIMIT
     assert sum(line.endswith(": measured.") for line in said) == 5 and len(said) == 5 + 3 + 5 + 2 + 2
@@ -108,6 +108,23 @@ def test_measurements_that_are_cut_go_on(tmp_path):
     path.unlink()
     failed = gpu.measure_all([gpu.Measurement("broken", 1, broken), gpu.Measurement("first", 1, measured)], path, cpu)
     assert failed == ["broken: failed, RuntimeError: no memory", "first: measured."]
+
+
+def test_some_cases_of_a_device_within_another_limit(monkeypatch):
+    """By name, with the settings of torch that `cap` has there; a name that is not known is said."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    asked = []
+    monkeypatch.setattr(gpu, "measure_all", lambda cases, path, device, limit: asked.append(([case.name for case in cases], device, limit)) or ["measured."])
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    monkeypatch.setattr("sys.argv", ["gpu", "--only", "writing", "llama-3-8b", "--seconds", "540"])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert asked == [(["llama-3-8b", "writing"], torch.device("cuda"), 540)] and not ended.value.code
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr("sys.argv", ["gpu", "--only", "written"])
+    with pytest.raises(SystemExit, match="No case is called written: expected run, llama-3-8b, "):
+        gpu.main()
 
 
 def test_other_texts_are_noticed(tmp_path):

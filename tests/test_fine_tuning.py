@@ -98,6 +98,10 @@ def test_the_room_that_a_training_takes(monkeypatch):
     check_room_to_train(model, 8)
     device.room -= 1
     refuses("Training with rank 8 takes", check_room_to_train, model, 8)
+    device.room += 1 + sum(p.nbytes for p in model.parameters())
+    check_room_to_train(model, 8, teacher=True)
+    device.room -= 1
+    refuses("Training with rank 8 takes", check_room_to_train, model, 8, teacher=True)
 
 
 def test_every_module_keeps_its_mode():

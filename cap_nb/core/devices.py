@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/core/08_devices.ipynb #b65ec841
 import ctypes
+import gc
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +21,9 @@ def device_named(device: str | torch.device | None) -> torch.device:
     if torch.cuda.is_available():
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if device is None: return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     named = torch.device(check_device(str(device)))
     if named.type == "mps":
@@ -51,11 +55,16 @@ def device_name(device: torch.device) -> str: # As in "x86_64", or the name of t
     if module := module_of(device): return module.get_device_name(device)
     return platform.processor() or platform.machine()
 
+def free_unused(device: torch.device) -> None:
+    "Give back the memory of a device that nothing uses; main memory is left to Python."
+    if module := module_of(device):
+        gc.collect()
+        module.empty_cache()
+
 def memory_of(device: torch.device) -> tuple[int, int]: # (free now, in all)
     "Bytes of a device's memory."
-    if module := module_of(device):
-        module.empty_cache()
-        return module.mem_get_info(device)
+    free_unused(device)
+    if module := module_of(device): return module.mem_get_info(device)
     return psutil.virtual_memory().available, psutil.virtual_memory().total
 
 def numbers_a_call(device: torch.device, here: int) -> int:
@@ -67,7 +76,8 @@ def build_of(device: torch.device) -> dict[str, str]: # Name -> version or setti
     if device.type != "cuda": return {}
     return {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version()),
             "float32_products": torch.get_float32_matmul_precision(),
-            "cudnn_attention": str(torch.backends.cuda.cudnn_sdp_enabled())}
+            "cudnn_attention": str(torch.backends.cuda.cudnn_sdp_enabled()),
+            "bfloat16_sums_reduced": str(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)}
 
 def multiplies_two_of_four(device: torch.device) -> bool:
     "Whether it multiplies matrices that are zero at two of every four places in half the time: NVIDIA's, from Ampere."

@@ -17,6 +17,16 @@ from cap_nb.models.anatomy import (
 from cap_nb.models.interventions import all_of, changed_input, changed_output, chosen_experts, experts_output, watching
 from cap_nb.scoring import batches_of, causal_scores, mean_by_example, token_counts
 
+@contextmanager
+def fixed_weights(model: nn.Module) -> Iterator[None]:
+    "While the block runs, no gradient of a weight is prepared; what it needs would be kept."
+    wanted = [weight for weight in model.parameters() if weight.requires_grad]
+    try:
+        for weight in wanted: weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in wanted: weight.requires_grad_(True)
+
 def gated_heads(model: nn.Module, gates: torch.Tensor) -> AbstractContextManager[None]:
     "While the block runs, every head's output times its gate, [L, H] or [B, L, H] (Nam et al. 2025, section 3.1)."
     a = dimensions(model.config)
@@ -25,7 +35,7 @@ def gated_heads(model: nn.Module, gates: torch.Tensor) -> AbstractContextManager
             gate = gates[..., layer, :].to(inputs.dtype).to(inputs.device).repeat_interleave(a.head_size, -1)
             return inputs * gate.unsqueeze(-2)
         return changed_input(output_projection(model, layer), scale)
-    return all_of(map(gated, range(a.layers)))
+    return all_of([fixed_weights(model), *map(gated, range(a.layers))])
 
 # %% ../../nbs/methods/06_attributions.ipynb #81dec7f5
 from functools import partial
@@ -356,7 +366,8 @@ def differentiable(model: nn.Module) -> Iterator[None]:
 
 def head_relevance(model: nn.Module, batch: dict[str, torch.Tensor], attention: str | None = "attnlrp") -> torch.Tensor:
     "The relevance that passes through each head (Hatefi et al. 2025, with heads as components)."
-    with relevance_rules(model, attention), differentiable(model), watched_heads(model) as outputs:
+    rules = relevance_rules(model, attention)
+    with rules, fixed_weights(model), differentiable(model), watched_heads(model) as outputs:
         slopes = torch.autograd.grad(gold_logits(model, batch).sum(), outputs)
     size = anatomy(model).head_size
     def products(z: torch.Tensor, slope: torch.Tensor) -> torch.Tensor: # those of 16 bits in 32

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ from cap_nb.data.prompts import token_batches
 from cap_nb.methods.criteria import dense_norms, Inputs
 from cap_nb.methods.layer_walk import advanced, BatchState
 from cap_nb.methods.resumed_scoring import last_layer_at_targets, prepare_batch, Targets, token_divergences
-from cap_nb.methods.selection import competing, Measurements, scores_of, smallest_in_rows
+from cap_nb.methods.selection import competing, find_threshold, Measurements, scores_of, smallest_in_rows
 from cap_nb.methods.wanda import WANDA
 from cap_nb.models.anatomy import final_norm, Projection, projections
 from cap_nb.models.checks import zeros_of
@@ -85,20 +86,25 @@ log = logging.getLogger(__name__)
 
 DLP_WIDTH = 0.15 # alpha, half the distance between the sparsities of the first and the last in rank
 
-def layer_scores(model: nn.Module, inputs: Inputs) -> Iterator[torch.Tensor]: # float32 [weights]
-    "For one layer after the other, Wanda's score of every weight on the dense model."
+Scores = list[Callable[[], torch.Tensor]] # Each gives the scores of one matrix, float32 [out, in]
+
+def layer_scores(model: nn.Module, inputs: Inputs) -> Iterator[tuple[int, Scores]]:
+    "For one layer after the other, how many weights it has and Wanda's scores of them, on the dense model."
     measurements = Measurements(norms=dense_norms(model, inputs.calibration, inputs.batch_tokens))
-    for layer in competing(projections(model), "layer"):
-        yield torch.cat([scores_of(WANDA, p, measurements).flatten() for p in layer])
+    for layer in competing(projections(model), "layer"): # a GPU may have no room for all of its scores at once
+        yield sum(p.weight.numel() for p in layer), [partial(scores_of, WANDA, p, measurements) for p in layer]
 
 def outlier_shares(model: nn.Module, inputs: Inputs) -> list[float]:
     "The layerwise outlier distribution (Yin et al. 2024)."
-    return [(scores > 5.0 * scores.mean(dtype=torch.float64)).double().mean().item()
-            for scores in layer_scores(model, inputs)]
+    shares = []
+    for count, scores in layer_scores(model, inputs):
+        mean = sum(score().sum(dtype=torch.float64).item() for score in scores) / count
+        shares.append(sum(int((score() > 5.0 * mean).count_nonzero()) for score in scores) / count)
+    return shares
 
 def small_medians(model: nn.Module, inputs: Inputs) -> list[float]:
     "The importance of layers from the median of their scores (Chen et al. 2025), up to the map."
-    medians = [scores.median().item() for scores in layer_scores(model, inputs)]
+    medians = [find_threshold(scores, (count + 1) // 2).value for count, scores in layer_scores(model, inputs)]
     if not any(medians):
         log.warning("The median score is 0 in every layer, as where half of the weights are zero already: "
                     "dlp gives all layers the same share")
@@ -108,7 +114,8 @@ def small_medians(model: nn.Module, inputs: Inputs) -> list[float]:
 def hill_exponent(weight: torch.Tensor) -> float:
     "The exponent of the upper half of a matrix's spectrum, at least 1 (Lu et al. 2024); the smaller, the heavier."
     if not weight.isfinite().all(): return float("nan") # refused by the map, in a sentence
-    eigenvalues = torch.linalg.svdvals(weight.detach().float()).square() # of the smaller of W^T W and W W^T; falling
+    w = weight.detach().double()
+    eigenvalues = torch.linalg.eigvalsh(w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w).flip(0) # falling
     eigenvalues = eigenvalues[eigenvalues > 1e-10 * eigenvalues[0]] # of a missing rank only rounding is left
     if len(eigenvalues) < 2: return float("nan")
     k = len(eigenvalues) // 2

@@ -320,11 +320,11 @@ Masks = Callable[[Projection], torch.Tensor] # Which weights of a projection go,
 
 @torch.no_grad()
 def dense_masks(model: nn.Module, parts: MethodName, sparsity: float, inputs: Inputs) -> Masks:
-    "Where a criterion sets the dense model's weights to zero; holds a copy of the weights meanwhile."
-    dense = {p.name: p.weight.detach().clone() for p in projections(model)}
+    "Where a criterion sets the dense model's weights to zero; main memory holds a copy of the weights meanwhile."
+    dense = {p.name: p.weight.detach().to("cpu", copy=True) for p in projections(model)} # a GPU has no room for them
     try:
         prune_by(model, parts.base, sparsity, parts.scope, inputs)
-        masks = {p.name: p.weight == 0 for p in projections(model)}
+        masks = {p.name: (p.weight == 0).cpu() for p in projections(model)}
     finally:
         for p in projections(model): p.weight.copy_(dense[p.name])
     return lambda p: masks[p.name]

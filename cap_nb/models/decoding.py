@@ -10,6 +10,7 @@ import inspect
 import math
 import random
 import re
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -96,7 +97,8 @@ class SlotLayer(DynamicLayer):
     "Keys and values of one layer, in memory that is taken for many columns at a time."
     def __init__(self, slots: "Slots", like: DynamicLayer):
         super().__init__()
-        self.slots, self.is_initialized, self.device, self.dtype = slots, True, like.keys.device, like.keys.dtype
+        self.slots = weakref.proxy(slots) # whose cache holds this layer: a cycle would keep all, and the model
+        self.is_initialized, self.device, self.dtype = True, like.keys.device, like.keys.dtype
         self.keys, self.values = map(slots.memory, (like.keys, like.values))
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *more: object, **options: object) -> tuple:

@@ -35,7 +35,7 @@ from transformers import (
     PreTrainedTokenizerFast)
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
-from cap_nb.core.devices import device_named, module_of
+from cap_nb.core.devices import device_named, free_unused, module_of
 from cap_nb.core.errors import BadInput, check_choice, lacks_memory, validate_arguments
 from cap_nb.core.files import (
     check_own_file, check_sealed, checkpoint_tensors, read_object, sha256_of_file, sha256_of_text, shard_files,
@@ -364,6 +364,7 @@ def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | 
     "Load through transformers, safetensors only, no remote code; no configuration or no weights raise `BadInput`."
     check_no_adapter(folder)
     list(legal_files(folder)) # or refused, before any work on the model
+    free_unused(device_named(None) if device == "auto" else device) # a model that was here before may still be
     loader = folder_loader(folder)
     if not loader: shard_files(folder)
     with opened_by_transformers(folder):

@@ -154,7 +154,7 @@ def rounded_at_random(values: torch.Tensor, dtype: torch.dtype, rng: torch.Gener
     "Float32 in a dtype of 16 bits, each number up or down so that its mean is kept (Gupta et al. 2015)."
     near = values.to(dtype)
     if near.element_size() != 2: return near
-    further = torch.where(near.float().abs() < values.abs(), 1, -1).to(torch.int16) # away from zero, or towards it
+    further = (near.float().abs() < values.abs()).to(torch.int16) * 2 - 1 # away from zero, or towards it
     other = (near.view(torch.int16) + further).view(dtype)
     share = (values - near) / (other.float() - near) # NaN where the number is one of the dtype
     drawn = torch.rand(values.shape, generator=rng, dtype=torch.float32).to(values.device)
@@ -242,9 +242,10 @@ def train_on(model: nn.Module, examples: Sequence[Example], settings: FineTuning
     return tuple(losses)
 
 # %% ../../nbs/portable/02_fine_tuning.ipynb #1098b357
-def check_room_to_train(model: nn.Module, rank: int | None) -> None:
-    "Raise `BadInput` where a GPU has no room for what a training keeps of every weight, examples left out."
+def check_room_to_train(model: nn.Module, rank: int | None, teacher: bool = False) -> None:
+    "Raise `BadInput` where a GPU has no room for what a training, or a teacher to come, keeps of every weight."
     more = Counter()
+    for weight in model.parameters() if teacher else (): more[weight.device] += weight.nbytes
     with inference(model): matrices = {p.parameter for p in projections(model)}
     for weight in model.parameters() if rank is None else ():
         bytes_each = (16 if weight.requires_grad else 4) + (weight in matrices)

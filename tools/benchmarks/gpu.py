@@ -10,9 +10,10 @@ or more. Out: `figures/benchmarks/gpu.json`, a case for each measurement. Wanted
     make gpu                # python -m tools.benchmarks.gpu
     make gpu DRY=1          # the same with tiny sizes on the processor, into a folder that is thrown away
 
-Each case is written as soon as it is measured, one that fails is named and the next one begins, and one that is on disk
-is not measured again: the same command goes on where it was stopped, within the run too. `--out` names another folder
-for record and run; to use a machine's own torch, start the module there. The model is Qwen's 0.5B if `models/qwen-coder-0.5b` holds it, else SmolLM2 if
+Each case is written, and named, as soon as it is measured; one that fails is named and the next one begins, and one that
+is on disk is not measured again: the same command goes on where it was stopped, within the run too. `--out` names
+another folder for record and run, `--seconds` another limit, and `--only` the cases to measure, as after one that broke
+the CUDA context for the others; to use a machine's own torch, start the module there. The model is Qwen's 0.5B if `models/qwen-coder-0.5b` holds it, else SmolLM2 if
 it was fetched, else the lab's, and the record says which. `CAP_NB_DATA` names the folder of the benchmarks' own files;
 without it the examples are the lab's.
 """
@@ -35,6 +36,7 @@ import pandas as pd
 import torch
 from transformers import AutoConfig
 
+from cap_nb.core.devices import device_named
 from cap_nb.core.errors import BadInput
 from cap_nb.jobs.planning import PUBLISHED, lengths_of
 from cap_nb.jobs.records import load_run
@@ -69,9 +71,9 @@ DATA = ("--data-dir", data_dir) if data_dir else ("--tasks", "lab-gsm8k,lab-arc"
 def run_case(path, device, weights, folder, words=(*QUICK, "none")):
     def measure():
         asked = ["run", "--model", weights, "--device", str(device), "--out", str(folder), *DATA, *words]
-        done = subprocess.run([sys.executable, "-m", "cap_nb", *asked], capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run([sys.executable, "-m", "cap_nb", *asked], cwd=ROOT)  # what it says is seen as it runs
         if done.returncode:
-            raise BadInput(f"cap {' '.join(asked)} ended with {done.stderr[-500:]!r}: expected a run.")
+            raise BadInput(f"cap {' '.join(asked)} ended with exit code {done.returncode}: expected a run.")
         run, table = load_run(folder), pd.read_csv(folder / "tables" / "table.csv")
         values = table[[name for name in table if not name.endswith((" low", " high", " n"))]]
         return {"seconds": {stage: (seconds,) for stage, seconds in run.timings.items()}, "about": {"memory": run.memory, "table": values.to_dict("records")}}
@@ -188,7 +190,7 @@ def measure_all(cases, path, device, limit=LIMIT, clock=time.monotonic):
         if case.name in read_cases(path):
             said.append(f"{case.name}: on disk already.")
         elif clock() - start + case.seconds > limit:
-            said.append(f"{case.name}: not begun, it would not have ended within {limit // 60} minutes; start again.")
+            said.append(f"{case.name}: not begun, it would not have ended within {limit} seconds; start again.")
         else:
             try:
                 case.measure(path, device)
@@ -196,6 +198,7 @@ def measure_all(cases, path, device, limit=LIMIT, clock=time.monotonic):
             except Exception as error:
                 said.append(f"{case.name}: failed, {type(error).__name__}: {error}")
                 traceback.print_exc()
+        print(said[-1], flush=True)
     return said
 
 
@@ -240,18 +243,20 @@ def dry_run(folder):
              *agreements("lab", n=1, chosen=2, repeats=1)[:2],
              Measurement("writing", 1, lambda path, device: writing_case(path, device, toy, (1, 2), 8, 4, 1))]
     said = measure_all(cases, folder / "gpu.json", torch.device("cpu"))
-    return said + summary(read_cases(folder / "gpu.json"))
+    return said, summary(read_cases(folder / "gpu.json"))
 
 
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     asked.add_argument("--dry-run", action="store_true", help="tiny sizes on the processor; nothing is kept")
     asked.add_argument("--out", type=Path, help="folder of record and run; figures/benchmarks and runs if none is named")
+    asked.add_argument("--seconds", type=int, default=LIMIT, help="what would not end within so many is not begun")
+    asked.add_argument("--only", nargs="+", help="names of the cases to measure; all if none is named")
     asked = asked.parse_args()
     if asked.dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            said = dry_run(Path(folder))
-        print(*said, sep="\n")
+            said, sums = dry_run(Path(folder))
+        print(*sums, sep="\n")
         sys.exit(any(": failed," in line for line in said))
     elif not torch.cuda.is_available():
         sys.exit("There is no CUDA device here, and nothing was measured; make gpu DRY=1 tries every measurement.")
@@ -259,8 +264,12 @@ def main() -> None:
         record = asked.out / "gpu.json" if asked.out else path
         weights = weights_at_hand()
         print(f"The model is {weights}.", flush=True)
-        said = measure_all(measurements(weights, asked.out or ROOT / "runs"), record, torch.device("cuda"))
-        print(*said, *summary(read_cases(record)), sep="\n")
+        cases = measurements(weights, asked.out or ROOT / "runs")
+        if unknown := {*(asked.only or ())} - {case.name for case in cases}:
+            sys.exit(f"No case is called {', '.join(sorted(unknown))}: expected {', '.join(case.name for case in cases)}.")
+        some = [case for case in cases if not asked.only or case.name in asked.only]
+        said = measure_all(some, record, device_named("cuda"), asked.seconds)  # with cap's own settings of torch
+        print(*summary(read_cases(record)), sep="\n")
         sys.exit(any(": failed," in line for line in said))
 
 
