@@ -289,7 +289,7 @@ def spectra_flops(sizes: Sizes) -> float:
 # %% ../../nbs/jobs/04_planning.ipynb #c034
 TAKING_TURNS = ("one layer at work", "logits", "scores of one matrix", "one matrix solved") # Never two at a time
 # What lies with its layer, where layers are spread over devices
-BY_LAYER = ("keys and values", "gradients", "activations of a batch", "masks and dense weights")
+BY_LAYER = ("keys and values", "gradients", "activations of a batch")
 
 def at_once(memory: dict[str, float]) -> int:
     "The most bytes that a stage needs at one time, beside the weights."
