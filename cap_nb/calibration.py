@@ -38,7 +38,7 @@ def draw_stratified(pool: Sequence[Example], n: int, seed: int) -> list[tuple[Ex
 from cap_nb.data.prompts import Tokens
 
 def draw(pool: Sequence[Example], amount: int | Tokens, seed: int) -> list[tuple[Example, int]]:
-    "Draw an amount of examples, or of tokens (not in the paper), each example with its quartile."
+    "Draw a number of examples, or of tokens (not in the paper), each example with its quartile."
     if not isinstance(amount, Tokens): return draw_stratified(pool, amount, seed)
     quartiles = length_quartiles([len(example.input_ids) for example in pool])
     return [(pool[index], quartiles[index]) for index in amount.indices(pool, seed)]

@@ -464,7 +464,7 @@ def recipe_begun(job: Job, tuning: FineTuning | None, asked: list, out: Path) ->
     "Note what a recipe follows from; another model, other chains or no room for its training raise `BadInput`."
     own = job.calibrate.calibrate_on == OWN
     model, tokenizer = load_checked(changed(job, **ON_GOLD) if own else job)
-    if tuning: check_room_to_train(model, tuning.rank, teacher=True) # a model as large as this one
+    if tuning and not (out/"trained").exists(): check_room_to_train(model, tuning.rank, teacher=True)
     chains = None if own else chains_of(job.calibrate)
     noted = [*asked, model_fingerprint(model), chains and chains.fingerprint]
     kept = read_checked(out/"recipe.json") if (out/"recipe.json").exists() else asked

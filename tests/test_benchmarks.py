@@ -113,15 +113,13 @@ def test_measurements_that_are_cut_go_on(tmp_path):
 def test_some_cases_of_a_device_within_another_limit(monkeypatch):
     """By name, with the settings of torch that `cap` has there; a name that is not known is said."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     asked = []
     monkeypatch.setattr(gpu, "measure_all", lambda cases, path, device, limit: asked.append(([case.name for case in cases], device, limit)) or ["measured."])
-    torch.backends.cuda.enable_cudnn_sdp(True)
+    monkeypatch.setattr(gpu, "device_named", lambda name: asked.append(name) or torch.device(name))  # which changes torch's settings
     monkeypatch.setattr("sys.argv", ["gpu", "--only", "writing", "llama-3-8b", "--seconds", "540"])
     with pytest.raises(SystemExit) as ended:
         gpu.main()
-    assert asked == [(["llama-3-8b", "writing"], torch.device("cuda"), 540)] and not ended.value.code
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert asked == ["cuda", (["llama-3-8b", "writing"], torch.device("cuda"), 540)] and not ended.value.code
     monkeypatch.setattr("sys.argv", ["gpu", "--only", "written"])
     with pytest.raises(SystemExit, match="No case is called written: expected run, llama-3-8b, "):
         gpu.main()

@@ -200,8 +200,17 @@ def test_operations_of_solvers_are_of_the_right_size():
         assert 0.5 < found.flops / count < 5, method
 
 
+def test_dense_masks_of_a_gpu_wait_in_main_memory():
+    """A copy of the weights in scope for `cap run`; where a walk recovers what dense masks leave, the masks and the dense weights beside."""
+    def waiting(method, on_cpu):
+        load = load_of(tiny_llama(), made_up_calibration(3), methods=(method,))
+        return planning.waiting_memory(replace(load, on_cpu=on_cpu)) / (load.sizes.scope * load.width)
+    masks = 1 / 4 # a byte a weight of float32
+    assert waiting("magnitude^update", False) == 2 + masks and waiting("magnitude^update", True) == waiting("wanda^update", False) == waiting("cap", False) == 1
+
+
 @pytest.mark.parametrize("name", ["lab", "lab-moe"])
-def test_singular_values_are_counted_for_every_matrix_that_is_there(name, monkeypatch):
+def test_eigenvalues_are_counted_for_every_matrix_that_is_there(name, monkeypatch):
     seen, exponent = [], budgets.hill_exponent
     monkeypatch.setattr(budgets, "hill_exponent", lambda matrix: seen.append(sorted(matrix.shape)) or exponent(matrix))
     prune(load_model(name)[0], "magnitude@layer+alpha", 0.5)

@@ -56,15 +56,14 @@ def device_name(device: torch.device) -> str: # As in "x86_64", or the name of t
     return platform.processor() or platform.machine()
 
 def free_unused(device: torch.device) -> None:
-    "Give back the memory of a device that nothing uses; main memory is left to Python."
-    if module := module_of(device):
-        gc.collect()
-        module.empty_cache()
+    "Let go of what only a cycle of references holds, where a device has a memory of its own."
+    if module_of(device): gc.collect()
 
 def memory_of(device: torch.device) -> tuple[int, int]: # (free now, in all)
     "Bytes of a device's memory."
-    free_unused(device)
-    if module := module_of(device): return module.mem_get_info(device)
+    if module := module_of(device):
+        module.empty_cache()
+        return module.mem_get_info(device)
     return psutil.virtual_memory().available, psutil.virtual_memory().total
 
 def numbers_a_call(device: torch.device, here: int) -> int:

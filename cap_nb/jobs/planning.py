@@ -378,7 +378,7 @@ def regional_memory(load: Workload, batches: Sequence[BatchShape]) -> dict[str, 
         "activations of a layer": load.way_back(max(b.width for b in batches))}
 
 def solver_memory(load: Workload, names: Sequence[str], on_dense: bool) -> dict[str, float]:
-    "What a walk with Hessians keeps; where masks are chosen on the dense model first, all of them and its weights."
+    "What a walk with Hessians keeps; on the processor also masks that are chosen on the dense model, and its weights."
     sizes = load.sizes
     largest = [square * n**2 + weight * min(n * rows, sizes.widest)
                for _, _, square, weight, _ in map(SOLVERS.get, names) for n, rows, *_ in sizes.inputs]
@@ -387,6 +387,17 @@ def solver_memory(load: Workload, names: Sequence[str], on_dense: bool) -> dict[
         "one matrix solved": max(largest, default=0),
         "copies of a layer": sizes.scope / sizes.layers * load.width if {"swaps", "update"} & set(names) else 0,
         "masks and dense weights": sizes.scope * (1 + load.width) * (on_dense and load.on_cpu)} # else in main memory
+
+def chosen_on_dense(method: str) -> bool:
+    "Whether a criterion chooses a method's masks on the dense model, and a walk then recovers what is left."
+    parts = parse_method(method)
+    return (solver_names(method) is not None and parts.base in CRITERIA
+            and not walks(CRITERIA[parts.base], own_scope(parts)))
+
+def waiting_memory(load: Workload) -> int:
+    "Bytes of the copy of the weights in scope that `cap run` keeps, and on a GPU of what `dense_masks` keeps."
+    beside = not load.on_cpu and any(map(chosen_on_dense, load.job.prune.methods))
+    return load.sizes.scope * (load.width + beside * (1 + load.width))
 
 def block_memory(load: Workload, batches: Sequence[BatchShape]) -> dict[str, float]:
     "What block reconstruction keeps: states of two models and targets, a layer with Adam's moments, activations."
@@ -520,7 +531,7 @@ READS, READS_IN_ROWS = 20, 40 # What pruning under a threshold, and in rows, tak
 THRESHOLD, WALK = "pruning all at once", "pruning layer by layer" # Names of stages, as magnitude and as Wanda
 SCORING, EVALUATION = "scoring", "evaluating one model" # Names of stages
 BUDGETS, GRADIENT = "budgets from interventions", "gradient of the calibration loss" # Names of stages
-SPECTRA, CHAINS, REGIONAL = "singular values of every matrix", "own chains", "regional gradients" # Names of stages
+SPECTRA, CHAINS, REGIONAL = "eigenvalues of every matrix", "own chains", "regional gradients" # Names of stages
 
 def solver_names(method: str) -> tuple[str, ...] | None:
     "Those of `SOLVERS` that a method runs, in order; None for a method without Hessians."
@@ -548,8 +559,7 @@ def pruning_stages(method: str) -> Counter: # As in {"pruning layer by layer": 1
 def solver_stage(load: Workload, method: str) -> Stage:
     "One pruning by a method with Hessians: a walk, and what is computed from them."
     parts, names = parse_method(method), solver_names(method)
-    on_dense = parts.base in CRITERIA and not walks(CRITERIA[parts.base], own_scope(parts))
-    memory, work = solver_memory(load, names, on_dense), wanda_work(load.batches)
+    memory, work = solver_memory(load, names, chosen_on_dense(method)), wanda_work(load.batches)
     if (parts.recovery or "").split("^")[-1] in FORMS: # forth and back, as often as it may
         batches = batch_shapes(load.lengths, training_tokens(load.tokens))
         memory, work = memory | block_memory(load, batches), (3 * Training().passes + 2) * wanda_work(batches) / 2
@@ -629,7 +639,7 @@ class Plan:
     rates: Rates | None # How fast the device is; None gives no times
     cells: tuple[tuple[str, float], ...] # What `cap run` evaluates: dense, and every method at every sparsity
     weights: int # Bytes of the weights
-    copy: int # Bytes of the copy of the weights in scope that `cap run` keeps in main memory
+    copy: int # Bytes of weights in scope, and of their masks, that wait in main memory
     group: int # Devices that hold one copy of the weights together
 
     def check_together(self) -> None:
@@ -728,7 +738,7 @@ def plan(
     return Plan(load=load, lengths_from=origin, stages=planned_stages(load),
                 short=planned_stages(replace(load, short=True)), devices=devices, on_cpu=on_cpu, free=free,
                 main=None if memory is not None else memory_of(torch.device("cpu"))[0], rates=rates, weights=weights,
-                copy=sizes.scope * load.width,
+                copy=waiting_memory(load),
                 group=1 if on_cpu else min(devices, -(-weights // max(1, free))),
                 cells=cells_of({"methods": list(job.prune.methods), "sparsities": list(job.prune.sparsities)}))
 
@@ -896,8 +906,9 @@ def time_lines(p: Plan) -> list[str]:
 
 def memory_lines(p: Plan) -> list[str]:
     "What the weights take, and what there is."
+    more = ", and masks of the dense model with its weights" * (p.copy > p.load.sizes.scope * p.load.width)
     return [f"The weights take {bytes_text(p.each)} on each device; parts that take turns (a layer, logits, scores, a "
-            f"matrix solved) are not added up. 'cap run' keeps a copy of the weights in scope in main memory: "
+            f"matrix solved) are not added up. 'cap run' keeps a copy of the weights in scope in main memory{more}: "
             f"{bytes_text(p.copy)}.",
             f"Available: {bytes_text(p.free)} on a device{f', {bytes_text(p.main)} of main memory' if p.main else ''}."]
 

@@ -65,7 +65,7 @@ class EvaluateSettings:
     accuracy_tasks: tuple[str, ...] | None = None # tasks whose answers are generated; as --tasks if left out
     evaluate_n: int = 200 # problems a task whose answers are generated
     loss_n: int = 100 # problems a task for held-out loss; 0 for none
-    choice_n: int = 0 # problems a task with options, as ARC, to compare the options' probabilities; 0 for none
+    choice_n: int = 0 # problems of each of --tasks with options (ARC), whose probabilities are compared; 0 for none
     shots: int = 0 # worked examples in front of each problem that is answered, drawn from the calibration split
     samples: int = 1 # answers to each problem; from 2 on they are drawn, and accuracy is their mean, pass@1
     temperature: float = 0.0 # temperature of drawn answers, above 0; needed with --samples 2 or more, and only there

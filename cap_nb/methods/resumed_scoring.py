@@ -223,7 +223,7 @@ def prepare_batch(model: nn.Module, calibration: Calibration, indices: Sequence[
 # %% ../../nbs/methods/02_resumed_scoring.ipynb #c057
 import transformers
 from pathlib import Path
-from cap_nb.core.devices import build_of, device_name, memory_of, memory_taken, module_of
+from cap_nb.core.devices import memory_of, memory_taken, module_of
 from cap_nb.core.errors import BadInput, check_at_least, check_choice, validate_arguments
 from cap_nb.core.files import sha256_of_text
 
@@ -296,10 +296,8 @@ def head_groups(heads: Sequence[int], together: int) -> tuple[tuple[int, ...], .
 
 def made_by(model: nn.Module) -> str: # 8 hexadecimal digits
     "Device and versions, on which the last bits depend."
-    device = next(model.parameters()).device
-    build = build_of(device)
-    card = f" {device_name(device)} {build}" if build else "" # two GPUs round differently
-    return sha256_of_text(f"{device.type} {torch.__version__} {transformers.__version__}{card}")[:8]
+    device = next(model.parameters()).device.type
+    return sha256_of_text(f"{device} {torch.__version__} {transformers.__version__}")[:8]
 
 def make_plan(model: nn.Module, calibration: Calibration, request: Request,
               units: Path | None) -> tuple[ScoringPlan, list[BatchState]]:

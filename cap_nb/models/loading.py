@@ -364,7 +364,6 @@ def load_folder(folder: Path, dtype: torch.dtype | None, device: torch.device | 
     "Load through transformers, safetensors only, no remote code; no configuration or no weights raise `BadInput`."
     check_no_adapter(folder)
     list(legal_files(folder)) # or refused, before any work on the model
-    free_unused(device_named(None) if device == "auto" else device) # a model that was here before may still be
     loader = folder_loader(folder)
     if not loader: shard_files(folder)
     with opened_by_transformers(folder):
@@ -561,6 +560,7 @@ def load_model(
     "Load a model by name (paper section 4); a name that leads nowhere, or a class without anatomy, raises `BadInput`."
     name, dtype, device = str(name), dtype_named(dtype, device), placed(device)
     one = device_named(None) if device == "auto" else device
+    free_unused(one) # a model that was here before may still take its room
     if name in LABS: return lab_model(dtype, one, LABS[name]) # small enough for any device
     if name == "smollm2": return load_smollm2(dtype, device)
     if name and Path(name).is_dir(): return load_folder(Path(name), dtype, device)

@@ -257,6 +257,7 @@ def check_room_to_train(model: nn.Module, rank: int | None, teacher: bool = Fals
     what, kept, instead = "every weight", "weights, gradients and AdamW's two moments in float32", "a rank, as --rank 8"
     if rank is not None:
         what, kept, instead = f"with rank {rank}", "a mask, changed weights and thin matrices", "a lower rank"
+    if teacher: kept = f"a teacher, {kept}"
     for device, needed in more.items():
         if module_of(device) is None or needed <= (free := memory_of(device)[0]): continue
         raise BadInput(f"Training {what} takes {needed / 2**30:.1f} GiB more on {device}, which has "

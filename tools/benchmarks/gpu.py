@@ -190,7 +190,7 @@ def measure_all(cases, path, device, limit=LIMIT, clock=time.monotonic):
         if case.name in read_cases(path):
             said.append(f"{case.name}: on disk already.")
         elif clock() - start + case.seconds > limit:
-            said.append(f"{case.name}: not begun, it would not have ended within {limit} seconds; start again.")
+            said.append(f"{case.name}: not begun, it would not have ended within {limit} seconds; start again, or give more --seconds.")
         else:
             try:
                 case.measure(path, device)
