@@ -52,12 +52,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated
 from pydantic import AfterValidator, BaseModel, StrictBool, StringConstraints, ValidationError, model_validator
 
-HALF_A_PAIR = re.compile("[\ud800-\udfff]")
-
 def with_words(text: str) -> str:
     "Raise ValueError for a text without words, or with half a surrogate pair."
     if not text.strip(): raise ValueError("it is empty")
-    if HALF_A_PAIR.search(text): raise ValueError("it holds half a surrogate pair")
+    if re.search("[\ud800-\udfff]", text): raise ValueError("it holds half a surrogate pair")
     return text
 
 Words = Annotated[str, StringConstraints(strict=True), AfterValidator(with_words)]
@@ -400,7 +398,7 @@ class Text:
 
 # %% ../../nbs/data/02_problems.ipynb #c060
 TEXTS: dict[str, dict[str, Path] | None] = {"wikitext2": None, "lab-text": None} # Text -> split -> file of the user
-text_of_lab = functools.cache(lab_text) # A run asks for it three times
+text_of_lab = functools.cache(lab_text) # Made once in a process
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "b08601e04326c79dfdd32d625aee71d232d685c3")
 WIKITEXT_SPLITS = {"evaluation": "test", "calibration": "validation"} # Split -> the hub's name of it
 WIKITEXT_FILES = {"evaluation": "test.txt", "calibration": "valid.txt"} # Split -> file in the folder wikitext2
