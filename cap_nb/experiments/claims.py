@@ -10,8 +10,9 @@ import csv
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 import numpy as np
@@ -309,33 +310,27 @@ def gap_of_parts(case: Claim, records: ModelRecords, confidence: float) -> Compa
 MEASURES: dict[str, Measure] = {"gain": gain_of, "margin": margin_of, "gap of MLPs and attention": gap_of_parts}
 
 # %% ../../nbs/experiments/02_claims.ipynb #61f0393b
-def positive_scores(losses: HeadLosses, how: str) -> torch.Tensor:
-    "Causal scores, those below zero as zero, [L, H]."
-    return causal_scores(losses, how).clamp_min(0)
-
-def heads_for_half(losses: HeadLosses, how: str = "paper", *_: str) -> float:
+def heads_for_half(scores: torch.Tensor, *_: str) -> float:
     "The share of heads that carry half of the positive score, strongest first."
-    scores = positive_scores(losses, how).flatten().sort(descending=True).values
-    return (int((scores.cumsum(0) < scores.sum() / 2).sum()) + 1) / len(scores) if scores.sum() else 1.0
+    positive = scores.clamp_min(0).flatten().sort(descending=True).values
+    return (int((positive.cumsum(0) < positive.sum() / 2).sum()) + 1) / len(positive) if positive.sum() else 1.0
 
-def negative_share(losses: HeadLosses, how: str, *_: str) -> float:
+def negative_share(scores: torch.Tensor, *_: str) -> float:
     "The share of heads whose masking lowers the loss."
-    return float((causal_scores(losses, how) < 0).double().mean())
+    return float((scores < 0).double().mean())
 
-def near_zero_share(losses: HeadLosses, how: str, *_: str) -> float:
+def near_zero_share(scores: torch.Tensor, *_: str) -> float:
     "The share of heads whose score, either way, is at most a tenth of the highest."
-    scores = causal_scores(losses, how)
     return float((scores.abs() <= 0.1 * scores.max()).double().mean())
 
-def band_excess(losses: HeadLosses, how: str, bands: str, layers: str) -> float:
+def band_excess(scores: torch.Tensor, bands: str, layers: str) -> float:
     "How much more of the positive score lies at some depths than their number of layers would give them."
-    scores = positive_scores(losses, how)
-    depth = (torch.arange(len(scores)) + 0.5) / len(scores)
+    positive, depth = scores.clamp_min(0), (torch.arange(len(scores)) + 0.5) / len(scores)
     inside = torch.zeros(len(scores), dtype=torch.bool)
     for band in bands.split():
         low, high = map(int, band.split("-"))
         inside |= (depth >= low / int(layers)) & (depth <= (high + 1) / int(layers))
-    return float(scores[inside].sum() / scores.sum() - inside.double().mean())
+    return float(positive[inside].sum() / positive.sum() - inside.double().mean())
 
 def spread_of_masked(losses: HeadLosses, *_: str) -> float:
     "Mean over heads of the logarithm of the spread of the masked loss over examples, relative to the intact loss's."
@@ -350,32 +345,42 @@ def agreement_of_tasks(losses: HeadLosses, one: str, other: str, _: str = "") ->
     return rank_correlation(*(mean_rise(losses_of_task(losses, task)) for task in (one, other)))
 
 # %% ../../nbs/experiments/02_claims.ipynb #6ae347bc
-def over_examples(statistic: Callable[..., float], unit: str, draws: int = 500) -> Measure:
-    "A number of the table of losses, with a percentile bootstrap over the calibration examples of each task."
+def drawn_tables(losses: HeadLosses, draws: int = 500) -> Iterator[HeadLosses]:
+    "The table itself, and then with examples drawn again with replacement, each task within itself."
+    yield losses
+    task, rng = np.array(losses.task), np.random.default_rng(0)
+    tasks = [np.flatnonzero(task == t) for t in sorted(set(losses.task))]
+    for _ in range(draws): # within strata of two examples half of the variance would be missing
+        again = [rng.choice(indices, len(indices)) for indices in tasks]
+        yield only_examples(losses, np.concatenate(again).tolist())
+
+@lru_cache(maxsize=8) # several cases ask for the same scores
+def drawn_scores(losses: HeadLosses, how: str) -> list[torch.Tensor]: # Each [L, H]
+    "Causal scores of each of these tables."
+    return [causal_scores(table, how) for table in drawn_tables(losses)]
+
+def bootstrapped(statistic: Callable[..., float], unit: str, of_scores: bool = True) -> Measure:
+    "A number of the scores or of the table of losses, with a percentile bootstrap over the calibration examples."
     def measure(case: Claim, records: ModelRecords, confidence: float) -> Comparison | None:
         if (losses := records.losses) is None: return None
         held = {task_family(task) for task in losses.task if task in TASKS}
         pair = {task_family(case.first), task_family(case.second)} if statistic is agreement_of_tasks else set()
         if not pair <= held: return None # not measured: the table has no examples of a task
-        named = (case.first, case.second, case.on)
-        value = statistic(losses, *named)
-        task, rng, drawn = np.array(losses.task), np.random.default_rng(0), []
-        tasks = [np.flatnonzero(task == t) for t in sorted(set(losses.task))]
-        for _ in range(draws): # within strata of two examples half of the variance would be missing
-            again = [rng.choice(indices, len(indices)) for indices in tasks]
-            drawn.append(statistic(only_examples(losses, np.concatenate(again).tolist()), *named))
+        if of_scores: value, *drawn = [statistic(scores, case.second, case.on)
+                                       for scores in drawn_scores(losses, case.first)]
+        else: value, *drawn = [statistic(table, case.first, case.second, case.on) for table in drawn_tables(losses)]
         interval = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
         used = [name for name in losses.task if not pair or task_family(name) in pair]
         return number(value, interval, unit, len(used))
     return measure
 
 MEASURES |= {
-    "heads for half of the score": over_examples(heads_for_half, "share"),
-    "share below zero": over_examples(negative_share, "share"),
-    "share near zero": over_examples(near_zero_share, "share"),
-    "excess in bands": over_examples(band_excess, "share"),
-    "spread of masked losses": over_examples(spread_of_masked, "log ratio"),
-    "agreement of tasks": over_examples(agreement_of_tasks, "rank correlation")}
+    "heads for half of the score": bootstrapped(heads_for_half, "share"),
+    "share below zero": bootstrapped(negative_share, "share"),
+    "share near zero": bootstrapped(near_zero_share, "share"),
+    "excess in bands": bootstrapped(band_excess, "share"),
+    "spread of masked losses": bootstrapped(spread_of_masked, "log ratio", of_scores=False),
+    "agreement of tasks": bootstrapped(agreement_of_tasks, "rank correlation", of_scores=False)}
 
 # %% ../../nbs/experiments/02_claims.ipynb #fd013751
 BLOCKS = 6 # Disjoint calibration sets that a table is cut into
@@ -485,7 +490,7 @@ def separation_and_gain(case: Claim, records: ModelRecords, confidence: float) -
     pairs = [paired_gains(*(runs[seed][key] for key in keys), case.on) for seed in seeds]
     if len(pairs) < 4 or any(found is None for found in pairs): return None
     gains = [values.mean() for values, _ in pairs]
-    found = permutation_test([1 - heads_for_half(records.seed_losses[seed]) for seed in seeds], gains)
+    found = permutation_test([1 - heads_for_half(causal_scores(records.seed_losses[seed])) for seed in seeds], gains)
     return number(found[0], NONE, "rank correlation", len(seeds), found[1], fewest=5) # of 4! orders 1/12
 
 # %% ../../nbs/experiments/02_claims.ipynb #6aa47453
@@ -579,8 +584,6 @@ def layer_errors(case: Claim, records: ModelRecords, confidence: float) -> Compa
     return number(np.median(shares), interval, "share of the error", len(shares))
 
 # %% ../../nbs/experiments/02_claims.ipynb #bf9a4a92
-from functools import lru_cache
-
 def answered_by_both(dense: Sequence[AnswerRecord], pruned: Sequence[AnswerRecord]) -> np.ndarray:
     "The dense model's problems; one that the pruned model was not asked, or in other words, raises `BadInput`."
     asked = {(answer.task, answer.uid, answer.prompt_sha256) for answer in pruned}
