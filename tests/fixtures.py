@@ -1,5 +1,6 @@
 """What tests share: one tiny Llama (and models of other classes with its sizes), and examples made of token ids."""
 import copy
+import io
 import json
 import math
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from IPython.core import pylabtools
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -78,12 +80,13 @@ def blank_pictures():
 
 @contextmanager
 def small_pictures():
-    """A cell's picture is drawn for a screen of twice the resolution; where nobody looks, a fifth of it is enough to see that it can be drawn."""
-    draw = pylabtools.print_figure
-
-    def once(figure, *given, **how):  # neither laid out nor measured first
+    """A cell's picture is laid out, and then drawn for a screen of twice the resolution; where nobody looks, a fifth of it, drawn once, is enough."""
+    def once(figure, fmt="png", **how):
+        buffer = io.BytesIO()
         figure.set_layout_engine("none")
-        return draw(figure, *given, **how | {"dpi": 40, "bbox_inches": None})
+        figure.set_dpi(40)
+        FigureCanvasAgg(figure).print_png(buffer)
+        return buffer.getvalue()
 
     with patch.object(pylabtools, "print_figure", once):
         yield

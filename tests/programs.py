@@ -11,8 +11,11 @@ import sys
 import tempfile
 import time
 import traceback
+from unittest.mock import patch
 
 import torch
+import typer.main
+import typer.testing
 from typer.testing import CliRunner
 
 import cap_nb.command_line, cap_nb.single_steps, cap_nb.jobs.sweeps  # noqa: E401, F401  before the first fork, so that no child reads them again
@@ -57,9 +60,16 @@ FEW = ["--n", "3", "--k", "2", "--evaluate-n", "2", "--loss-n", "2", "--max-new-
 FEW_LOSSES = [*FEW[:4], *FEW[6:8], *FEW[10:], "--accuracy-tasks", "none"]  # the same without answers and their tokens
 
 
+@functools.cache
+def built(app):
+    """The program with all its commands and options, which Typer would build anew for each call."""
+    return typer.main.get_command(app)
+
+
 def called(*words):
     """Run the program in this process."""
-    return CliRunner().invoke(cap_nb.command_line.app, [str(word) for word in words])
+    with patch.object(typer.testing, "_get_command", built):
+        return CliRunner().invoke(cap_nb.command_line.app, [str(word) for word in words])
 
 
 def output_of(*words):

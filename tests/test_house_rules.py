@@ -16,6 +16,7 @@ from notebooks_on_disk import NOTEBOOKS, SOURCES, cells, label, module_of, noteb
 MODULES = sorted(p for p in (ROOT / "cap_nb").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py", "__main__.py"))  # __main__ is no notebook's
 FLOORS = notebooks_tool.floors()
 PUBLIC = {name: getattr(cap_nb.all, name) for name in cap_nb.all.__all__}
+parsed = functools.cache(ast.parse)  # several rules look at the same cells and modules
 
 
 def place(path):
@@ -27,7 +28,7 @@ def place(path):
 def imported_modules(text, module):
     """The full names of all that a module imports, wherever in its code the import stands; nbdev writes imports within the package as relative."""
     names = []
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parsed(text)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -52,7 +53,7 @@ def test_imports_are_never_skipped(path):
     for cell in cells(path):
         if cell.kind != "code" or cell.source.lstrip().startswith(("%", "!")):
             continue
-        body = ast.parse(cell.source).body
+        body = parsed(cell.source).body
         imports = [isinstance(node, (ast.Import, ast.ImportFrom)) for node in body]
         assert not any(imports) or not {"slow", "gpu"} & cell.directives.keys(), "an import stands in a slow or gpu cell"
 
@@ -74,14 +75,14 @@ def test_next_leads_through_every_notebook():
 @functools.cache
 def dataclass_names():
     """The names of the package's dataclasses."""
-    trees = [ast.parse(p.read_text(encoding="utf-8")) for p in MODULES]
+    trees = [parsed(p.read_text(encoding="utf-8")) for p in MODULES]
     classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     return {node.name for node in classes if any("dataclass" in ast.unparse(d) for d in node.decorator_list)}
 
 
 def filled_by_position(text, names, most=3):
     """Calls that fill a dataclass by position beyond its first fields."""
-    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    calls = [node for node in ast.walk(parsed(text)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     return [ast.unparse(call)[:80] for call in calls if call.func.id in names and len(call.args) > most]
 
 
@@ -130,14 +131,14 @@ def test_modules_are_silent_and_lean(path):
     text = path.read_text(encoding="utf-8")
     for name in imported_modules(text, "cap_nb.x"):
         assert name.split(".")[0] not in ("fastcore", "nbdev", "execnb", "IPython"), f"{path.name} imports {name}"
-    calls = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    calls = [n for n in ast.walk(parsed(text)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
     assert not [n.lineno for n in calls if n.func.id == "print"], f"{path.name} prints"
 
 
 def asked_of_devices(text):
     """Where code names a function of one kind of accelerator, or compares with its name; torch's own tensors and errors need neither."""
     kinds = ("cuda", "mps", "nccl", "xpu")
-    found = [node for node in ast.walk(ast.parse(text)) if (isinstance(node, ast.Attribute) and node.attr in kinds) or (isinstance(node, ast.Constant) and node.value in kinds)]
+    found = [node for node in ast.walk(parsed(text)) if (isinstance(node, ast.Attribute) and node.attr in kinds) or (isinstance(node, ast.Constant) and node.value in kinds)]
     return sorted({node.lineno for node in found})
 
 

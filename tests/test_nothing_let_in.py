@@ -1,6 +1,7 @@
 """Nothing let in: no pickle, no code of a checkpoint, no name that leads out of a folder, no link that is followed, nothing absurd that takes the memory."""
 import ast
 import base64
+import functools
 import json
 import os
 import pickle
@@ -44,7 +45,11 @@ from programs import FEW, assert_one_sentence, called
 from test_quantised import saved
 
 SOURCES = sorted([*(ROOT / "cap_nb").rglob("*.py"), *(ROOT / "tools").rglob("*.py")])
-TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+
+
+@functools.cache
+def trees():
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 
 
 # ---- no pickle, no shell ----
@@ -53,7 +58,7 @@ def calls(tree):
 
 
 def test_no_module_pickles():
-    for path, tree in TREES.items():
+    for path, tree in trees().items():
         imported = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         imported |= {(node.module or "").split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
         assert not imported & {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "cPickle"}, path
@@ -63,7 +68,7 @@ def test_no_module_pickles():
 
 
 def test_no_shell_is_built():
-    for path, tree in TREES.items():
+    for path, tree in trees().items():
         for call in calls(tree):
             name = ast.unparse(call.func)
             assert name not in ("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"), path
@@ -74,9 +79,9 @@ def test_no_shell_is_built():
 
 def test_code_runs_only_from_plugins():
     """`exec` stands in one place of the package, and `trust_remote_code` is False wherever it stands."""
-    found = [path for path, tree in TREES.items() for call in calls(tree) if ast.unparse(call.func) == "exec"]
+    found = [path for path, tree in trees().items() for call in calls(tree) if ast.unparse(call.func) == "exec"]
     assert [path.name for path in found if path.is_relative_to(ROOT / "cap_nb")] == ["plugins.py"]
-    trusted = [word.value for tree in TREES.values() for call in calls(tree) for word in call.keywords if word.arg == "trust_remote_code"]
+    trusted = [word.value for tree in trees().values() for call in calls(tree) for word in call.keywords if word.arg == "trust_remote_code"]
     assert trusted and all(isinstance(value, ast.Constant) and value.value is False for value in trusted)
 
 

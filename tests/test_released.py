@@ -40,6 +40,15 @@ def pruned(method):
     return lambda model: prune(model, method, 0.5, factors_read(method, tiny_factors(model)), made_up_calibration(count=3))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def what_was_there_before_is_not_looked_at():
+    """Each collection would go through the millions of objects of a long session."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.parametrize("work", [written, scored, differentiated, trained, *map(pruned, PRUNED)], ids=lambda work: getattr(work, "__name__", "pruned"))
 def test_a_model_goes_with_its_last_name(work):
     model = tiny_llama()

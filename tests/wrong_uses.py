@@ -23,13 +23,11 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTModel
-from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from cap_nb.analysis import compare_methods
 from cap_nb.jobs.tables import comparison_markdown
 from cap_nb.calibration import Calibration, calibration_set
-from cap_nb.command_line import app
 from cap_nb.core.errors import BadInput
 from cap_nb.core.files import sealed, write_checked, write_tensors
 from cap_nb.data.problems import TASKS, load_problems, load_text
@@ -48,7 +46,7 @@ from cap_nb.portable.format import export_folder
 from cap_nb.scoring import HeadLosses, causal_scores, masked_head, rank_correlation, score_interval
 from cap_nb.methods.resumed_scoring import load_losses, save_losses, score_heads
 from fixtures import tiny_llama
-from programs import as_nobody, cap, finished
+from programs import as_nobody, called, cap, finished
 
 RECORD = Path(__file__).resolve().parent.parent / "figures" / "bad_input" / "uses.json"
 FEW = "--n 3 --k 1 --loss-n 2 --windows 0 --accuracy-tasks none --device cpu"
@@ -474,7 +472,7 @@ def answer(use, place):
         done = finished(lambda: (ELSEWHERE[use.area](place), cap(*words)())[1])
         assert "Traceback" not in done.stderr, done.stderr
         return done.stderr.strip(), done.returncode
-    result = CliRunner().invoke(app, words)
+    result = called(*words)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 2, f"{use.does}: exit code {result.exit_code}: {result.output[-300:]}"
