@@ -218,8 +218,9 @@ def executed(path: Path, text: bytes) -> None:
 # %% ../../nbs/jobs/09_plugins.ipynb #c074
 def modules_beside(path: Path) -> dict[str, Path]: # Name -> file
     "The modules beside a plugin, and of packages beside it, that are imported, by it or by anyone."
-    modules = [(name, Path(module.__file__)) for name, module in list(sys.modules.items())
-               if path.parent.name in (getattr(module, "__file__", None) or "")] # few of thousands need a closer look
+    files = [(name, getattr(module, "__file__", None)) for name, module in list(sys.modules.items())]
+    modules = [(name, Path(file)) for name, file in files
+               if file and path.parent.name in str(file)] # few of thousands need a closer look
     def beside(name: str, file: Path) -> bool: # other plugins, and a library that lies below, are not
         if name == module_name(file) or file == path or not file.is_relative_to(path.parent): return False
         top = file.relative_to(path.parent).parts[0]
